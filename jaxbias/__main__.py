@@ -1,0 +1,5 @@
+import sys
+
+from jaxbias.cli import main
+
+sys.exit(main())

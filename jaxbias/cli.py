@@ -1,0 +1,188 @@
+"""`python -m jaxbias VERB`: compare | train | evaluate | score | report | fetch.
+
+Nothing heavy is imported before a verb needs it, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from jaxbias.errors import UserError, did_you_mean
+
+SOURCE_HELP = "a name, a folder, a .gguf file, or hf:org/name[@revision]"
+CONFIG_HELP = "any key can be overridden: --config.train.steps=40 --config.model=PATH --config.seeds='(0,1,2)'"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+  """Run one verb. Exit codes: 0 done, 2 something the user can mend (one line on stderr says what), 130 interrupted."""
+  arguments = list(sys.argv[1:] if arguments is None else arguments)
+  try:
+    options, rest = _parser().parse_known_args(arguments)
+    takes_config = options.verb in ("compare", "train")
+    unknown = [a for a in rest if not (takes_config and (a == "--config" or a.startswith(("--config=", "--config."))))]
+    if unknown:
+      flag = unknown[0].split("=")[0]
+      raise UserError(f"`{options.verb}` has no argument {flag}; {did_you_mean(flag, _flags(options.verb))}")
+    options.run(options, rest)
+    return 0
+  except UserError as error:
+    print(f"jaxbias: {error}", file=sys.stderr)
+    return 2
+  except OSError as error:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+      print(f"jaxbias: {error.strerror.lower()} while writing {error.filename or 'to disk'}; what was finished is "
+            "kept, so free some space or choose another --workdir and run the same command.", file=sys.stderr)
+      return 2
+    raise
+  except KeyboardInterrupt:
+    print("jaxbias: interrupted; the same command goes on from the last checkpoint.", file=sys.stderr)
+    return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+  parser = argparse.ArgumentParser(
+    prog="jaxbias", description="Debiasing and unlearning in language models: train, measure, compare.",
+    allow_abbrev=False,
+  )  # fmt: skip
+  verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+  def verb(name: str, run, text: str, **more) -> argparse.ArgumentParser:
+    added = verbs.add_parser(name, help=text, description=text, allow_abbrev=False, **more)
+    added.set_defaults(run=run)
+    return added
+
+  p = verb("compare", _compare, "train and evaluate every variant of a config, and write a report", epilog=CONFIG_HELP)
+  p.add_argument("--config", metavar="FILE", required=False, help="a config file, e.g. configs/quickstart.py")
+  p.add_argument("--workdir", metavar="DIR", type=Path, required=True, help="where the runs and the report go")
+
+  p = verb("train", _train, "train and evaluate one variant of a config", epilog=CONFIG_HELP)
+  p.add_argument("--config", metavar="FILE", required=False, help="a config file, e.g. configs/quickstart.py")
+  p.add_argument("--variant", metavar="NAME", help="which of the config's variants; not needed if it has one")
+  p.add_argument("--workdir", metavar="DIR", type=Path, required=True, help="where the run goes")
+
+  p = verb("evaluate", _evaluate, "a benchmark's metrics for one model, with intervals")
+  _model(p)
+  p.add_argument("--benchmark", default="stereoset", help="stereoset (its intrasentence task)")
+  p.add_argument("--data", metavar="FILE", required=True, help="StereoSet's JSON, or `builtin`")
+  p.add_argument("--limit", metavar="N", type=int, help="only the first N examples; the result says so")
+  p.add_argument("--out", metavar="FILE", type=Path, help="also write metrics and per-item scores as JSON")
+
+  p = verb("score", _score, "log-probability of every option of anyone's rows")
+  _model(p)
+  p.add_argument("--rows", metavar="FILE", type=Path, required=True, help="JSON lines {id, context, options}")
+  p.add_argument("--out", metavar="FILE", type=Path, required=True, help="{id: [[sum in nats, tokens], ...]}")
+
+  p = verb("report", _report, "write the tables, figures and page of a finished comparison again")
+  p.add_argument("folder", type=Path, help="the comparison's workdir")
+
+  p = verb("fetch", _fetch, "bring a model to this machine and say where it is")
+  p.add_argument("source", help=f"{SOURCE_HELP}, such as smollm2-135m-instruct")
+  return parser
+
+
+def _model(parser: argparse.ArgumentParser) -> None:
+  parser.add_argument("--model", metavar="SOURCE", default="smollm2-135m-instruct",
+                      help=SOURCE_HELP)  # fmt: skip
+  parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32 on CPU, bfloat16 elsewhere")
+
+
+def _flags(verb: str) -> list[str]:
+  choices = next(a for a in _parser()._actions if isinstance(a, argparse._SubParsersAction)).choices
+  return [flag for action in choices[verb]._actions for flag in action.option_strings]
+
+
+def _start_jax() -> None:
+  """Compiled programs are kept across runs, next to the models."""
+  os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+  import jax
+
+  from jaxbias.models.sources import cache_folder
+
+  jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+
+
+def _config(options, rest: Sequence[str]):
+  from jaxbias.config import from_command_line
+
+  given = [f"--config={options.config}"] if options.config else []
+  return from_command_line([*given, *rest])[0]
+
+
+def _compare(options, rest: Sequence[str]) -> None:
+  _run(_config(options, rest), options.workdir)
+
+
+def _train(options, rest: Sequence[str]) -> None:
+  config = _config(options, rest)
+  name = options.variant or (next(iter(config.variants)) if len(config.variants) == 1 else None)
+  if name is None or name not in config.variants:
+    wanted = f"the config has no variant `{name}`" if name else "name one of the config's variants with --variant"
+    raise UserError(f"{wanted}; {did_you_mean(name or '', config.variants)}")
+  with config.unlocked():
+    config.variants = {name: config.variants[name].to_dict()}
+  _run(config, options.workdir)
+
+
+def _run(config, workdir: Path) -> None:
+  _start_jax()
+  from jaxbias.compare import compare
+  from jaxbias.report.tables import terminal
+  from jaxbias.report.write import write
+
+  command = f"python -m jaxbias {' '.join(sys.argv[1:])}"
+  results = compare(config, workdir, command)
+  page = write(workdir)
+  _print(terminal(results))
+  print(f"\nreport: {page}\ntable:  {workdir / 'table.md'}")
+  failed = [row["name"] for row in results["rows"] if row.get("failed")]
+  if failed:
+    raise UserError(f"{', '.join(failed)} did not finish; the table says why, and the other rows are complete.")
+
+
+def _print(table) -> None:
+  from rich.console import Console
+
+  console = Console()
+  Console(width=None if console.is_terminal else 160).print(table)
+
+
+def _evaluate(options, rest: Sequence[str]) -> None:
+  if options.benchmark != "stereoset":
+    raise UserError(f"there is no benchmark `{options.benchmark}`; {did_you_mean(options.benchmark, ['stereoset'])}")
+  _start_jax()
+  from jaxbias.evals import run
+
+  _print(run.stereoset(options.model, options.data, options.dtype, options.limit, options.out))
+
+
+def _score(options, rest: Sequence[str]) -> None:
+  from jaxbias.data.sources import read_choices
+
+  rows = read_choices(options.rows)
+  _start_jax()
+  from jaxbias.evals import run
+
+  run.score_rows(options.model, rows, options.out, options.dtype)
+
+
+def _report(options, rest: Sequence[str]) -> None:
+  from jaxbias.report.write import write
+
+  print(f"report: {write(options.folder)}")
+
+
+def _fetch(options, rest: Sequence[str]) -> None:
+  from jaxbias.models.sources import resolve
+
+  found = resolve(options.source)
+  print(f"{found.name}: {found.path}")
+
+
+if __name__ == "__main__":
+  sys.exit(main())

@@ -1,0 +1,252 @@
+"""The comparison: train every variant for every seed with one budget, evaluate all alike, write one table.
+
+Everything finished is on disk under the work folder, so the same command goes on where it was stopped:
+
+  workdir/config.json  provenance.json  results.json  table.md  report.html  figures/
+  workdir/base/evaluation.json
+  workdir/<variant>-seed<n>/{metrics.jsonl, tensorboard/, checkpoints/, evaluation.json}
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from jaxbias import config as configs
+from jaxbias import methods, provenance
+from jaxbias.data import sources
+from jaxbias.data.pipeline import Segment, Shape, packed_batches
+from jaxbias.data.rows import DataSet, Split
+from jaxbias.errors import UserError
+from jaxbias.evals import tradeoff
+from jaxbias.evals.scoring import Encoded
+from jaxbias.files import write_json
+from jaxbias.losses.registry import Objective, parse
+from jaxbias.mesh import batch_shards, make_mesh
+from jaxbias.models import language_model
+from jaxbias.models.sources import cache_folder
+from jaxbias.progress import Tracker
+from jaxbias.train import reference
+from jaxbias.train.batches import Sampler, Texts, plan_shape, tokenise
+from jaxbias.train.loop import Run, Trainer, TrainingFailed, train
+from jaxbias.train.metrics import read_jsonl
+
+TRAINED_TOKEN = 3.0  # forward passes that one trained token costs: itself and a backward pass of twice that
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+  """One row of the table: its losses, and its texts for each seed."""
+
+  name: str
+  spec: Mapping  # "method", "label", "losses", as in the config
+  objective: Objective
+  coefficients: Mapping[str, Mapping[str, float]]
+  texts: Mapping[int, Texts]
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+  """Everything that is known before the first forward pass."""
+
+  config: object
+  workdir: Path
+  data: DataSet
+  split: Split  # the one that is evaluated
+  trainer: Trainer
+  variants: tuple[Variant, ...]
+  encoded: Mapping[str, Encoded]
+
+  @property
+  def plain(self) -> dict:
+    return configs.to_dict(self.config)
+
+  def sampler(self, variant: Variant, seed: int, ref: reference.Reference | None) -> Sampler:
+    rows, shards = self.config.train.rows.to_dict(), batch_shards(self.trainer.model.mesh)
+    return Sampler(variant.texts[seed], variant.objective, rows, ref, seed, shards)
+
+  def shapes(self) -> dict[Objective, Shape]:
+    """One packed shape an objective: variants that compose the same losses share one compiled step."""
+    samplers: dict[Objective, list[Sampler]] = {}
+    for variant in self.variants:
+      samplers.setdefault(variant.objective, []).extend(self.sampler(variant, s, None) for s in self.config.seeds)
+    return {objective: plan_shape(members, self.config.train.steps) for objective, members in samplers.items()}
+
+  def reference_segments(self) -> list[Segment]:
+    """The distinct texts about which some loss asks the start model."""
+    asking = [v for v in self.variants if v.objective.needs & {"ref_logprob", "ref_distribution"}]
+    segments = (s for variant in asking for texts in variant.texts.values() for s in texts.all_segments())
+    return list({reference.key_of(segment): segment for segment in segments}.values())
+
+  def read_cost(self, segments) -> float:
+    """Tokens of one forward pass over `segments`, padding included."""
+    planned = packed_batches(segments, batch_shards(self.trainer.model.mesh)) if segments else []
+    return float(sum(shape.B * shape.T for *_, shape in planned))
+
+
+def compare(config, workdir: Path, command: str) -> dict:
+  """Run what is missing under `workdir`, write results.json, and return what is in it.
+
+  Raises UserError when the folder belongs to another config, or when the config, the model or the data cannot be used.
+  A variant whose training fails gets a row that says why; the others are completed.
+  """
+  comparison = prepare(config, workdir, command)
+  return run(comparison, command)
+
+
+def prepare(config, workdir: Path, command: str) -> Comparison:
+  """Check everything that can be wrong, load data and model, tokenise; claims `workdir` before the slow part."""
+  configs.validate(config)
+  plain = configs.to_dict(config)
+  parsed = {name: parse(spec["losses"]) for name, spec in plain["variants"].items()}
+  recipes = {name: methods.get(spec["method"]).recipe for name, spec in plain["variants"].items()}
+  data = sources.load(config.data.source, config.data.split_file or None)
+  claim(workdir, plain, command)
+  dtype = None if config.dtype == "auto" else config.dtype
+  model = language_model.load(config.model, dtype, make_mesh(config.mesh), config.train.remat)
+
+  def variant(name: str) -> Variant:
+    objective, coefficients = parsed[name]
+    texts = {
+      seed: tokenise(recipes[name](data.train, seed), objective, model.tokenizer, model.config.max_positions)
+      for seed in plain["seeds"]
+    }
+    return Variant(name, plain["variants"][name], objective, coefficients, texts)
+
+  split = getattr(data, config.eval.split)
+  variants = tuple(variant(name) for name in plain["variants"])
+  encoded = tradeoff.encode_split(model, split)
+  return Comparison(config, workdir, data, split, Trainer.of(model, config), variants, encoded)
+
+
+def run(job: Comparison, command: str) -> dict:
+  """Reference, base, then every variant and seed that is not finished yet; then the results."""
+  seeds, steps, model = job.config.seeds, job.config.train.steps, job.trainer.model
+  shapes, asked = job.shapes(), job.reference_segments()
+  evaluation_cost = sum(job.read_cost(encoded.segments) for encoded in job.encoded.values())
+  train_cost = {o: TRAINED_TOKEN * steps * shape.B * shape.T for o, shape in shapes.items()}
+  todo = [(v, s) for v in job.variants for s in seeds if not _evaluation(job, f"{v.name}-seed{s}").exists()]
+  cost = job.read_cost(asked) + sum(train_cost[v.objective] + evaluation_cost for v, _ in todo) + evaluation_cost
+  failures = {}
+  with Tracker("comparison", cost) as tracker:
+    tracker.phase("reference: what the start model says", len(asked), job.read_cost(asked))
+    ref = reference.compute(model, asked, cache_folder() / "reference", tracker.advance) if asked else None
+    if not _evaluation(job, "base").exists():
+      tracker.phase("evaluate base", _texts_evaluated(job), evaluation_cost)
+      _evaluate(job, "base", job.trainer.adapters(job.trainer.initial_state(0)), tracker, {})
+    for variant, seed in todo:
+      name = f"{variant.name}-seed{seed}"
+      spec = Run(job.workdir / name, {**job.plain, "variant": variant.name, "seed": seed}, variant.objective,
+                 variant.coefficients, job.sampler(variant, seed, ref), shapes[variant.objective])  # fmt: skip
+      spec.folder.mkdir(parents=True, exist_ok=True)
+      tracker.phase(f"train {name}", steps, train_cost[variant.objective])
+      try:
+        state = train(job.trainer, spec, lambda record: tracker.reach(record["step"], _note(record)))
+      except TrainingFailed as failure:
+        failures[variant.name] = str(failure)
+        tracker.say(f"jaxbias: {failure}")
+        continue
+      records = read_jsonl(spec.folder / "metrics.jsonl")
+      spent = {"seconds": sum(r["seconds"] for r in records), "tokens": sum(r["tokens"] for r in records)}
+      tracker.phase(f"evaluate {name}", _texts_evaluated(job), evaluation_cost)
+      _evaluate(job, name, job.trainer.adapters(state), tracker, spent)
+  results = summarise(job, failures, command)
+  write_json(job.workdir / "results.json", results)
+  return results
+
+
+def _evaluation(job: Comparison, name: str) -> Path:
+  return job.workdir / name / "evaluation.json"
+
+
+def _texts_evaluated(job: Comparison) -> int:
+  return sum(len(encoded.ids) for encoded in job.encoded.values())
+
+
+def _note(record: Mapping) -> str:
+  parts = " ".join(f"{name} {value:.2f}" for name, value in record["parts"].items())
+  return f"{record['texts'] / record['seconds']:.1f} texts/s  loss {record['loss']:.2f} ({parts})"
+
+
+def _evaluate(job: Comparison, name: str, adapters: Mapping, tracker: Tracker, train_record: Mapping) -> None:
+  began = time.perf_counter()
+  scores = tradeoff.measure(job.trainer.model, job.encoded, adapters, tracker.advance)
+  write_json(_evaluation(job, name), {"scores": scores, "train": train_record,
+                                      "seconds": time.perf_counter() - began})  # fmt: skip
+
+
+def summarise(job: Comparison, failures: Mapping[str, str], command: str) -> dict:
+  """results.json (schema 1): estimates of every metric for the base and each variant, and the training curves."""
+  read = lambda name: json.loads(_evaluation(job, name).read_text(encoding="utf-8"))
+  base = read("base")
+  how = {"scoring": job.config.eval.scoring, "draws": job.config.eval.bootstrap_draws}
+
+  def row(name: str, label: str, runs: list[dict], **more) -> dict:
+    overall, domains = tradeoff.estimates(job.split, base["scores"], [run["scores"] for run in runs], **how)
+    plain = lambda found: {metric: dataclasses.asdict(estimate) for metric, estimate in found.items()}
+    return {"name": name, "label": label, "estimates": plain(overall),
+            "domains": {domain: plain(found) for domain, found in domains.items()}, **more}  # fmt: skip
+
+  rows, curves, seconds = [row("base", "base model", [base], train=None)], {}, base["seconds"]
+  for variant in job.variants:
+    about = {"losses": variant.spec["losses"]}
+    if variant.name in failures:
+      rows.append({"name": variant.name, "label": variant.spec["label"], "failed": failures[variant.name], **about})
+      continue
+    runs = [read(f"{variant.name}-seed{seed}") for seed in job.config.seeds]
+    spent = {key: [r["train"][key] for r in runs] for key in ("seconds", "tokens")}
+    rows.append(row(variant.name, variant.spec["label"], runs, train=spent, **about))
+    seconds += sum(spent["seconds"]) + sum(r["seconds"] for r in runs)
+    curves[variant.name] = {
+      str(seed): read_jsonl(job.workdir / f"{variant.name}-seed{seed}" / "metrics.jsonl") for seed in job.config.seeds
+    }
+  model, provenance_file = job.trainer.model, job.workdir / "provenance.json"
+  return {
+    "schema": 1,
+    "title": job.config.title,
+    "model": {"source": job.config.model, "fingerprint": model.fingerprint, "parameters": model.num_parameters,
+              "trainable": job.trainer.num_trainable},
+    "data": {"name": job.data.name, "fingerprint": job.data.fingerprint, "counts": _counts(job.data)},
+    **json.loads(provenance_file.read_text(encoding="utf-8")),
+    "command": command,
+    "seeds": list(job.config.seeds),
+    "steps": job.config.train.steps,
+    "wall_seconds": seconds,
+    "interval": f"95 % bootstrap over target terms of the {job.config.eval.split} split (general text: over "
+                f"sentences), {job.config.eval.bootstrap_draws:,} draws; noise between seeds is not in it",
+    "metrics": {name: dict(zip(("label", "unit", "ideal", "better", "help"), about, strict=True))
+                for name, about in tradeoff.METRICS.items()},
+    "rows": rows,
+    "curves": curves,
+  }  # fmt: skip
+
+
+def _counts(data: DataSet) -> dict:
+  def count(split: Split) -> dict:
+    terms = len({triple.term for triple in split.triples})
+    return {"triples": len(split.triples), "terms": terms, "texts": len(split.texts)}
+
+  return {name: count(getattr(data, name)) for name in ("train", "validation", "test")}
+
+
+def claim(workdir: Path, plain: Mapping, command: str) -> None:
+  """Make `workdir` this config's, or find that it is. Raises UserError naming the keys that differ."""
+  path = workdir / "config.json"
+  if path.exists():
+    there = json.loads(path.read_text(encoding="utf-8"))
+    keys = configs.differing_keys(plain, there)
+    if keys:
+      more = f"; and {len(keys) - 4} more" if len(keys) > 4 else ""
+      raise UserError(f"{workdir} belongs to another config ({'; '.join(keys[:4])}{more}); choose another --workdir.")
+    return
+  if workdir.exists() and any(workdir.iterdir()):
+    raise UserError(f"{workdir} is not empty and holds no config.json of a run; choose another --workdir.")
+  workdir.mkdir(parents=True, exist_ok=True)
+  write_json(workdir / "provenance.json", {
+    "command": command, "config_hash": configs.config_hash(plain), "versions": provenance.versions(),
+    "git": provenance.git(), "hardware": provenance.hardware(), "created": provenance.now(),
+  })  # fmt: skip
+  write_json(path, plain)

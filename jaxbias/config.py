@@ -1,0 +1,142 @@
+"""Configs: defaults, command-line overrides, validation, the config's hash. No jax here, so that `--help` is quick.
+
+A config file has `get_config()` returning `defaults()` with changes. `--config.train.steps=40` overrides one key;
+a key that does not exist stops with the nearest one that does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from absl import flags
+from ml_collections import ConfigDict
+from ml_collections.config_flags import config_flags
+
+from jaxbias.errors import UserError, did_you_mean
+
+
+def defaults() -> ConfigDict:
+  """Every key that a run reads, with its default. The result is locked: new keys are errors."""
+  c = ConfigDict()
+  c.title = "Comparison of debiasing objectives"
+  c.model = "smollm2-135m-instruct"  # a name, a folder, a .gguf file, or hf:org/name[@revision]
+  c.dtype = "auto"  # of the computation and the frozen weights; auto = float32 on CPU, bfloat16 on accelerators
+  c.mesh = {"data": -1, "fsdp": 1, "tensor": 1}  # -1 = all devices that are left
+  c.data = {
+    "source": "builtin",  # or a path to StereoSet's own JSON
+    "split_file": "",  # target terms of each split, for StereoSet; empty = by the hash rule of docs/data.md
+  }
+  c.lora = {"rank": 8, "alpha": 16.0, "targets": ("q", "k", "v", "o", "gate", "up", "down")}
+  c.train = {
+    "steps": 40,
+    "rows": {"forget": 8, "retain": 8, "general": 8},  # texts of each role in a step, over all devices
+    "learning_rate": 1e-3,
+    "warmup_steps": 4,
+    "schedule": "linear",  # after the warm-up: constant, linear or cosine down to 0
+    "weight_decay": 0.0,
+    "clip_norm": 1.0,
+    "checkpoint_every": 10,
+    "remat": False,  # recompute activations in the backward pass: less memory, a third more arithmetic
+  }
+  c.seeds = (0,)
+  c.variants = {}  # name -> {"method", "label", "losses"}; see jaxbias.methods.variant
+  c.eval = {"split": "test", "scoring": "sum", "bootstrap_draws": 2000}
+  c.lock()
+  return c
+
+
+def from_command_line(arguments: Sequence[str]) -> tuple[ConfigDict, list[str]]:
+  """The config of `--config=FILE --config.key=value ...`, and the arguments that are not about it.
+
+  Raises UserError for a missing file, a file without get_config(), an unknown key or a value of the wrong type.
+  """
+  mine = [a for a in arguments if a == "--config" or a.startswith(("--config=", "--config."))]
+  rest = [a for a in arguments if a not in mine]
+  file = next((a.split("=", 1)[1] for a in mine if a.startswith("--config=")), None)
+  if file is None:
+    raise UserError("name a config, e.g. --config=configs/quickstart.py.")
+  if not Path(file).is_file():
+    raise UserError(f"there is no config file {file}; see configs/ for those that exist.")
+  overrides = [a for a in mine if a.startswith("--config.")]
+  try:
+    keys = sorted(_flat(_parse(file, [])))
+    for argument in overrides:
+      _check_override(argument, keys, file)
+    return _parse(file, overrides), rest
+  except (AttributeError, KeyError, TypeError, ValueError, flags.Error) as error:
+    raise UserError(f"{file}: {_one_line(error)}") from None
+
+
+def _parse(file: str, overrides: Sequence[str]) -> ConfigDict:
+  values, argv = flags.FlagValues(), ["jaxbias", f"--config={file}", *overrides]
+  holder = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+  values(argv)
+  return holder.value
+
+
+def _check_override(argument: str, keys: Sequence[str], file: str) -> None:
+  key, equals, _ = argument.removeprefix("--config.").partition("=")
+  if not equals:
+    raise UserError(f"{argument} has no value; write {argument}=VALUE.")
+  if key not in keys:
+    raise UserError(f"{file} has no key `{key}`; {did_you_mean(key, keys)}")
+
+
+def _one_line(error: Exception) -> str:
+  return " ".join(str(error).split())
+
+
+def _flat(config: Mapping, prefix: str = "") -> dict:
+  out = {}
+  for key in config:
+    value = config[key]
+    nested = isinstance(value, Mapping | ConfigDict)
+    out.update(_flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value})
+  return out
+
+
+def to_dict(config: ConfigDict) -> dict:
+  """Plain JSON types, keys in order: what is hashed and saved with a run."""
+  return json.loads(json.dumps(config.to_dict(), sort_keys=True))
+
+
+def config_hash(config: Mapping) -> str:
+  """12 hex digits of the sha256 of the merged config."""
+  return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def differing_keys(ours: Mapping, theirs: Mapping) -> list[str]:
+  """Dotted keys at which two plain configs differ, with both values."""
+  a, b = _flat(ours), _flat(theirs)
+  show = lambda side, key: repr(side[key]) if key in side else "(absent)"
+  return [f"{k}: {show(b, k)} there, {show(a, k)} here" for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
+
+
+def validate(config: ConfigDict) -> None:
+  """Raises UserError for the first value that no run could use."""
+  t = config.train
+  for key in ("steps", "learning_rate", "checkpoint_every"):
+    if t[key] <= 0:
+      raise UserError(f"train.{key} = {t[key]}; it must be positive.")
+  if not 0 <= t.warmup_steps <= t.steps:
+    raise UserError(f"train.warmup_steps = {t.warmup_steps} is not between 0 and train.steps = {t.steps}.")
+  _one_of("train.schedule", t.schedule, ("constant", "linear", "cosine"))
+  _one_of("eval.split", config.eval.split, ("train", "validation", "test"))
+  _one_of("eval.scoring", config.eval.scoring, ("sum", "token_mean"))
+  _one_of("dtype", config.dtype, ("auto", "float32", "bfloat16"))
+  if min(t.rows.values()) < 1:
+    raise UserError(f"train.rows = {t.rows.to_dict()}; every role needs at least one text a step.")
+  if config.lora.rank < 1:
+    raise UserError(f"lora.rank = {config.lora.rank}; it must be at least 1.")
+  if not config.seeds:
+    raise UserError("seeds is empty; give at least one, e.g. --config.seeds='(0,)'.")
+  if not config.variants:
+    raise UserError("variants is empty; give at least one, e.g. variants = {'sft': methods.variant('sft')}.")
+
+
+def _one_of(key: str, value: str, valid: Sequence[str]) -> None:
+  if value not in valid:
+    raise UserError(f"{key} = `{value}` is not known; {did_you_mean(value, valid)}")

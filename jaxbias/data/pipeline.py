@@ -1,0 +1,192 @@
+"""From token lists to packed batches: deterministic, random-access, numpy until the last step.
+
+A *segment* is one text, or several options behind their shared context. Segments are packed side by side into
+rows of one length, so that few positions are padding and few shapes are compiled. Which texts a step reads is a
+function of (seed, step): there is nothing to save but the step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+LENGTHS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 4096, 8192, 16384, 32768)
+PASS_TOKENS = 1024  # tokens a device reads in one call of a pass over a data set, rows permitting
+PASS_LENGTH = 128  # a pass packs into rows of this many tokens; longer segments get longer rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Segment:
+  """Inputs of one segment and what to read off them; every index is local to the segment.
+
+  A token that conditions nothing (the last of a text or of an option) is a target only, never an input.
+  """
+
+  tokens: np.ndarray
+  position: np.ndarray
+  branch: np.ndarray
+  score_at: np.ndarray
+  target: np.ndarray
+  kl_at: np.ndarray
+
+
+def text_segment(ids: Sequence[int], start: int, score: bool = True, kl: bool = False) -> Segment:
+  """A text whose tokens ids[start:] are scored given those before; `start` is at least 1 (something must precede)."""
+  ids = np.asarray(ids, np.int32)
+  at = np.arange(start - 1, len(ids) - 1)
+  none = at[:0]
+  inputs = ids[:-1]
+  return Segment(
+    inputs, np.arange(len(inputs)), np.zeros_like(inputs),
+    at if score else none, ids[at + 1] if score else none, at if kl else none,
+  )  # fmt: skip
+
+
+def choice_segment(context: Sequence[int], options: Sequence[Sequence[int]]) -> tuple[Segment, list[np.ndarray]]:
+  """Options behind their context: what they share is read once, the rest branches off.
+
+  Returns the segment and, for each option, which scored positions add up to its log-probability.
+  """
+  shared = _common_prefix(options)
+  tokens, position, branch = [*context, *options[0][:shared]], [], []
+  if all(len(option) == shared for option in options):
+    tokens.pop()  # one text only: its last token conditions nothing
+  position, branch = list(range(len(tokens))), [0] * len(tokens)
+  score_at = [len(context) - 1 + i for i in range(shared)]
+  target = list(options[0][:shared])
+  parts = []
+  fork = len(context) + shared - 1  # the last shared position; every branch continues from it
+  for number, option in enumerate(options, start=1):
+    own = option[shared:]
+    first = len(tokens)
+    tokens += own[:-1]
+    position += range(fork + 1, fork + 1 + len(own[:-1]))
+    branch += [number] * len(own[:-1])
+    begin = len(target)
+    score_at += [fork, *range(first, first + len(own) - 1)][: len(own)]
+    target += own
+    parts.append(np.r_[0:shared, begin : len(target)])
+  ints = lambda x: np.asarray(x, np.int32)
+  return Segment(*map(ints, (tokens, position, branch, score_at, target, []))), parts
+
+
+def _common_prefix(options: Sequence[Sequence[int]]) -> int:
+  n = 0
+  for tokens in zip(*options, strict=False):
+    if len(set(tokens)) > 1:
+      break
+    n += 1
+  return n
+
+
+class Shape(NamedTuple):
+  """The static sizes of a packed batch: rows, tokens a row, scored and compared positions a row, segments a row."""
+
+  B: int
+  T: int
+  P: int
+  K: int
+  S: int
+
+
+class Place(NamedTuple):
+  """Where a segment went: packed row, its first token, its slot, its first scored / compared position."""
+
+  b: int
+  t: int
+  s: int
+  p: int
+  k: int
+
+
+def place(segments: Sequence[Segment], length: int, scored: int | None = None) -> tuple[list[Place], Shape]:
+  """Best-fit decreasing into rows of `length` tokens: where each segment goes, and the sizes that needs.
+
+  `scored` caps the scored positions of a row (a segment with more has a row of its own), which keeps rows alike.
+  """
+  scored = scored or sum(len(segment.target) for segment in segments)
+  open_rows: dict[int, list[int]] = {}  # free tokens -> rows
+  used: list[list[int]] = []  # per row: tokens, segments, scored, compared
+  places = [None] * len(segments)
+  for i in sorted(range(len(segments)), key=lambda i: -len(segments[i].tokens)):
+    segment = segments[i]
+    n, p, k = len(segment.tokens), len(segment.target), len(segment.kl_at)
+    fits = (b for free in range(n, length) for b in open_rows.get(free, ()) if used[b][2] + p <= scored)
+    b = next(fits, None)
+    if b is None:
+      b = len(used)
+      used.append([0, 0, 0, 0])
+    else:
+      open_rows[length - used[b][0]].remove(b)
+    places[i] = Place(b, *used[b])
+    used[b] = [have + more for have, more in zip(used[b], (n, 1, p, k), strict=True)]
+    open_rows.setdefault(length - used[b][0], []).append(b)
+  most = [max(column) for column in zip(*used, strict=True)]
+  return places, Shape(len(used), length, most[2], most[3], most[1])
+
+
+def plan(batches: Iterable[Sequence[Segment]], shards: int = 1) -> Shape:
+  """One shape that holds every batch: the row length that costs the fewest positions, and the most of the rest."""
+  batches = list(batches)
+  longest = max(len(segment.tokens) for batch in batches for segment in batch)
+  lengths = [n for n in LENGTHS if n >= longest][:5]
+  shapes = [union((place(batch, n)[1] for batch in batches), shards) for n in lengths]
+  return min(shapes, key=lambda shape: (shape.B * shape.T, shape.T))
+
+
+def union(shapes: Iterable[Shape], shards: int) -> Shape:
+  """The smallest shape that holds each of `shapes`, with rows that divide over `shards` and round position counts."""
+  B, T, P, K, S = (max(column) for column in zip(*shapes, strict=True))
+  up = lambda n, step: -(-n // step) * step
+  return Shape(up(B, shards), T, max(up(P, 8), 8), up(K, 8), S)
+
+
+def pack(segments: Sequence[Segment], places: Sequence[Place], shape: Shape) -> dict[str, np.ndarray]:
+  """The arrays of `types.Batch` that describe inputs and positions, with every segment in its place."""
+  B, T, P, K, _ = shape
+  zeros = lambda n: np.zeros((B, n), np.int32)
+  out = {name: zeros(T) for name in ("tokens", "segment", "position", "branch")}
+  out |= {name: zeros(P) for name in ("score_at", "target", "score_segment")}
+  out |= {name: zeros(K) for name in ("kl_at", "kl_segment")}
+  for segment, (b, t, s, p, k) in zip(segments, places, strict=True):
+    span = np.s_[b, t : t + len(segment.tokens)]
+    out["tokens"][span], out["segment"][span] = segment.tokens, s + 1
+    out["position"][span], out["branch"][span] = segment.position, segment.branch
+    span = np.s_[b, p : p + len(segment.target)]
+    out["score_at"][span], out["target"][span] = segment.score_at + t, segment.target
+    out["score_segment"][span] = s + 1
+    span = np.s_[b, k : k + len(segment.kl_at)]
+    out["kl_at"][span], out["kl_segment"][span] = segment.kl_at + t, s + 1
+  return out
+
+
+def packed_batches(segments: Sequence[Segment], shards: int = 1) -> list[tuple[list[int], list[Place], Shape]]:
+  """One pass over all segments: each batch's indices, places and shape. Rows of one length share one shape."""
+  by_length: dict[int, list[int]] = {}
+  for i, segment in enumerate(segments):
+    need = max(len(segment.tokens), PASS_LENGTH)
+    by_length.setdefault(next(n for n in LENGTHS if n >= need), []).append(i)
+  out = []
+  for length, members in by_length.items():
+    places, need = place([segments[i] for i in members], length, scored=length + length // 8)
+    most = max(1, PASS_TOKENS // length) * shards
+    calls = -(-need.B // most)
+    rows_each = -(-need.B // calls)
+    shape = union([need._replace(B=rows_each)], shards)
+    groups: dict[int, tuple[list[int], list[Place]]] = {}
+    for i, at in zip(members, places, strict=True):
+      indices, local = groups.setdefault(at.b // rows_each, ([], []))
+      indices.append(i)
+      local.append(at._replace(b=at.b % rows_each))
+    out += [(indices, local, shape) for indices, local in groups.values()]
+  return out
+
+
+def draw(count: int, per_step: int, step: int, key: tuple[int, ...]) -> np.ndarray:
+  """Which of `count` items step `step` reads: every epoch is its own permutation, seeded by `key` and the epoch."""
+  ticks = np.arange(step * per_step, (step + 1) * per_step)
+  orders = {e: np.random.default_rng((*key, int(e))).permutation(count) for e in np.unique(ticks // count)}
+  return np.array([orders[tick // count][tick % count] for tick in ticks])

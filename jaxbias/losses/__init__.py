@@ -1,0 +1,3 @@
+"""Pure loss functions; importing the package registers them all."""
+
+from jaxbias.losses import likelihood, preference  # noqa: F401

@@ -1,0 +1,129 @@
+"""The only place that touches the vocabulary: log-probabilities and divergences at chosen positions, in chunks.
+
+No [B, T, V] array exists in either direction. A chunk's logits live only while the chunk is worked on, and the
+derivative with respect to the hidden state is taken at the same time, from the same logits: D numbers a position are
+kept for the backward pass instead of V, and nothing is recomputed. Chunks run along the positions of a row and never
+cut the batch axis, which may be sharded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+CHUNK = 512  # positions whose logits exist at one time
+
+
+def gather_positions(x_BTD: jax.Array, at_BP: jax.Array) -> jax.Array:
+  """x[b, at[b, p]] as [B, P, D]."""
+  return jnp.take_along_axis(x_BTD, at_BP[..., None], axis=1)
+
+
+@jax.custom_vjp
+def token_logprobs(hidden_BPD: jax.Array, head_VD: jax.Array, target_BP: jax.Array) -> jax.Array:
+  """log softmax(hidden @ head.T)[target], float32 nats, [B, P]."""
+  return _over_positions(lambda h, y: _chosen(_logits(h, head_VD), y), hidden_BPD, target_BP)
+
+
+def _token_logprobs_forward(hidden, head, target):
+  def chunk(h, y):
+    logits = _logits(h, head)
+    return _chosen(logits, y), _down(_one_hot_minus(jax.nn.softmax(logits), y), head, h.dtype)
+
+  value, slope_BPD = _over_positions(chunk, hidden, target)
+  return value, (hidden, head, target, slope_BPD)
+
+
+def _token_logprobs_backward(kept, g_BP):
+  hidden, head, target, slope_BPD = kept
+
+  def chunk(h, y, g):
+    return _one_hot_minus(jax.nn.softmax(_logits(h, head)), y) * g[..., None]
+
+  to_head = _sum_outer(chunk, hidden, head, target, g_BP)  # dead code, and gone, where the head is frozen
+  return (g_BP[..., None] * slope_BPD).astype(hidden.dtype), to_head, None
+
+
+token_logprobs.defvjp(_token_logprobs_forward, _token_logprobs_backward)
+
+
+@jax.custom_vjp
+def forward_kl(
+  hidden_BKD: jax.Array, head_VD: jax.Array, ref_hidden_BKD: jax.Array, ref_head_VD: jax.Array
+) -> jax.Array:
+  """KL(reference || policy) over the whole vocabulary, float32 nats, [B, K].
+
+  The reference enters as its last hidden states: D numbers a position give its distribution exactly, at the
+  price of one product with the head and without a second trunk. No gradient flows to the reference.
+  """
+  return _over_positions(lambda h, r: _kl(_logits(h, head_VD), _logits(r, ref_head_VD)), hidden_BKD, ref_hidden_BKD)
+
+
+def _forward_kl_forward(hidden, head, ref_hidden, ref_head):
+  def chunk(h, r):
+    logits, ref_logits = _logits(h, head), _logits(r, ref_head)
+    slope = jax.nn.softmax(logits) - jax.nn.softmax(ref_logits)
+    return _kl(logits, ref_logits), _down(slope, head, h.dtype)
+
+  value, slope_BKD = _over_positions(chunk, hidden, ref_hidden)
+  return value, (hidden, head, ref_hidden, ref_head, slope_BKD)
+
+
+def _forward_kl_backward(kept, g_BK):
+  hidden, head, ref_hidden, ref_head, slope_BKD = kept
+
+  def chunk(h, r, g):
+    return (jax.nn.softmax(_logits(h, head)) - jax.nn.softmax(_logits(r, ref_head))) * g[..., None]
+
+  to_head = _sum_outer(chunk, hidden, head, ref_hidden, g_BK)
+  return (g_BK[..., None] * slope_BKD).astype(hidden.dtype), to_head, None, None
+
+
+forward_kl.defvjp(_forward_kl_forward, _forward_kl_backward)
+
+
+def _logits(hidden: jax.Array, head_VD: jax.Array) -> jax.Array:
+  return jnp.einsum("...d,vd->...v", hidden, head_VD.astype(hidden.dtype), preferred_element_type=jnp.float32)
+
+
+def _down(slope_V: jax.Array, head_VD: jax.Array, dtype) -> jax.Array:
+  """A derivative with respect to logits, carried back to the hidden state."""
+  return jnp.einsum("...v,vd->...d", slope_V.astype(dtype), head_VD.astype(dtype), preferred_element_type=jnp.float32)
+
+
+def _chosen(logits: jax.Array, target: jax.Array) -> jax.Array:
+  return jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0] - jax.nn.logsumexp(logits, axis=-1)
+
+
+def _one_hot_minus(probability: jax.Array, target: jax.Array) -> jax.Array:
+  return jnp.where(jnp.arange(probability.shape[-1]) == target[..., None], 1.0, 0.0) - probability
+
+
+def _kl(logits: jax.Array, ref_logits: jax.Array) -> jax.Array:
+  log_p, log_q = jax.nn.log_softmax(ref_logits), jax.nn.log_softmax(logits)
+  return (jnp.exp(log_p) * (log_p - log_q)).sum(-1)
+
+
+def _split(*args: jax.Array) -> tuple[jax.Array, ...]:
+  """The position axis (axis 1) cut into chunks of at most CHUNK positions over all rows, chunks first."""
+  B, P = args[0].shape[:2]
+  pieces = next(n for n in range(1, P + 1) if P % n == 0 and (B * P // n <= CHUNK or n == P))
+  return tuple(jnp.moveaxis(x.reshape(B, pieces, P // pieces, *x.shape[2:]), 1, 0) for x in args)
+
+
+def _over_positions(chunk: Callable, *args: jax.Array):
+  """`chunk` over every slice of the position axis; its outputs put together again."""
+  B, P = args[0].shape[:2]
+  out = jax.lax.map(lambda xs: chunk(*xs), _split(*args))
+  return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(B, P, *x.shape[3:]), out)
+
+
+def _sum_outer(slope: Callable, hidden: jax.Array, head_VD: jax.Array, *args: jax.Array) -> jax.Array:
+  """sum over positions of slope(position)[v] hidden(position)[d], the derivative with respect to the head."""
+
+  def add(total, xs):
+    return total + jnp.einsum("bpv,bpd->vd", slope(*xs), xs[0].astype(jnp.float32)), None
+
+  return jax.lax.scan(add, jnp.zeros(head_VD.shape, jnp.float32), _split(hidden, *args))[0].astype(head_VD.dtype)

@@ -1,0 +1,66 @@
+"""From labelled data to the texts of each role. Nothing here knows about tokens or losses."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from jaxbias.data.rows import Split, Triple
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """A text in a role. Tokens that end after `prefix` characters are its answer, the part that losses score."""
+
+  id: str
+  text: str
+  prefix: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+  """The texts of each role. With `paired`, forget[i] and retain[i] are the two fillings of one triple."""
+
+  forget: tuple[Row, ...]
+  retain: tuple[Row, ...]
+  general: tuple[Row, ...]
+  paired: bool
+
+  def rows(self, role: str) -> tuple[Row, ...]:
+    return getattr(self, role)
+
+
+def stereotype_row(triple: Triple) -> Row:
+  return Row(f"{triple.id}/stereotype", triple.stereotype, triple.prefix)
+
+
+def anti_stereotype_row(triple: Triple) -> Row:
+  return Row(f"{triple.id}/anti-stereotype", triple.anti_stereotype, triple.prefix)
+
+
+def general_rows(split: Split) -> tuple[Row, ...]:
+  return tuple(Row(text.id, text.text, 0) for text in split.texts)
+
+
+def plain(split: Split, seed: int) -> Recipe:
+  """Forget the stereotypes, retain the anti-stereotypes of the same triples, stay put on general text."""
+  del seed
+  return Recipe(
+    tuple(map(stereotype_row, split.triples)),
+    tuple(map(anti_stereotype_row, split.triples)),
+    general_rows(split),
+    paired=True,
+  )
+
+
+def stratified_share(triples: Sequence[Triple], share: float, seed: int) -> list[Triple]:
+  """`share` of the triples of each domain, drawn without replacement, rounded to the nearest whole number."""
+  rng = np.random.default_rng(seed)
+  chosen = []
+  for domain in sorted({triple.domain for triple in triples}):
+    members = [triple for triple in triples if triple.domain == domain]
+    take = rng.choice(len(members), size=round(share * len(members)), replace=False)
+    chosen += [members[i] for i in sorted(take)]
+  return chosen

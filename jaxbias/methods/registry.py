@@ -1,0 +1,38 @@
+"""name -> method. A method is a data recipe and the losses that it composes; a config may change every number."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Mapping
+
+from jaxbias.data.rows import Split
+from jaxbias.errors import UserError, did_you_mean
+from jaxbias.methods.recipes import Recipe
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+  name: str
+  label: str
+  recipe: Callable[[Split, int], Recipe]  # (training split, seed) -> texts by role
+  losses: Mapping[str, Mapping]
+
+
+METHODS: dict[str, Method] = {}
+
+
+def register(method: Method) -> None:
+  METHODS[method.name] = method
+
+
+def get(name: str) -> Method:
+  if name not in METHODS:
+    raise UserError(f"there is no method `{name}`; {did_you_mean(name, METHODS)}")
+  return METHODS[name]
+
+
+def variant(name: str) -> dict:
+  """A method's entry for `config.variants`: its name, label and losses, all open to overrides."""
+  method = get(name)
+  return {"method": name, "label": method.label, "losses": copy.deepcopy(dict(method.losses))}

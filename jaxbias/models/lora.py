@@ -1,0 +1,73 @@
+"""Low-rank adapters (Hu et al. 2021): where they go, how they start, how they merge.
+
+An adapter is two collections beside `params`: `lora`, the trained factors a [L, in, r] and b [L, r, out] of each
+adapted projection, and `lora_scale`, one factor per layer (alpha / r, or 0 for a layer that is left alone).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from jaxbias.errors import UserError, did_you_mean
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+  """`targets` are projection names (q, k, v, o, gate, up, down); the update is scaled by alpha / rank."""
+
+  rank: int = 8
+  alpha: float = 16.0
+  targets: tuple[str, ...] = ("q", "k", "v", "o", "gate", "up", "down")
+
+
+def target_kernels(params: Mapping, config: LoraConfig) -> dict[tuple[str, ...], jax.Array]:
+  """{path of the projection: its kernel [L, in, out]} for every adapted projection."""
+  kernels = {path[:-1]: leaf for path, leaf in flatten_dict(dict(params)).items() if path[-1] == "kernel"}
+  names = {path[-1] for path in kernels}
+  for target in config.targets:
+    if target not in names:
+      raise UserError(f"lora.targets has `{target}`, which this model has not; {did_you_mean(target, names)}")
+  return {path: leaf for path, leaf in kernels.items() if path[-1] in config.targets}
+
+
+def init_lora(key: jax.Array, params: Mapping, config: LoraConfig) -> dict:
+  """a ~ U(-1/sqrt(in), 1/sqrt(in)) as peft draws it, b = 0: the adapted model starts as the base, exactly."""
+  factors = {}
+  for i, (path, kernel) in enumerate(sorted(target_kernels(params, config).items())):
+    layers, fan_in, fan_out = kernel.shape
+    bound = fan_in**-0.5
+    a = jax.random.uniform(jax.random.fold_in(key, i), (layers, fan_in, config.rank), minval=-bound, maxval=bound)
+    factors[(*path, "a")] = a
+    factors[(*path, "b")] = jnp.zeros((layers, config.rank, fan_out))
+  return unflatten_dict(factors)
+
+
+def lora_axes(boxed_params: Mapping, config: LoraConfig) -> dict:
+  """Logical axes of every factor: a keeps the kernel's input axis, b its output axis, the rank is whole."""
+  specs = flatten_dict(nn.get_partition_spec(boxed_params))
+  out = {}
+  for path in target_kernels(nn.unbox(boxed_params), config):
+    layers, fan_in, fan_out = specs[(*path, "kernel")]
+    out[(*path, "a")] = jax.sharding.PartitionSpec(layers, fan_in, None)
+    out[(*path, "b")] = jax.sharding.PartitionSpec(layers, None, fan_out)
+  return unflatten_dict(out)
+
+
+def lora_scale(config: LoraConfig, num_layers: int) -> dict:
+  """The `lora_scale` collection: alpha / rank for every layer."""
+  return {"scale": jnp.full((num_layers,), config.alpha / config.rank, jnp.float32)}
+
+
+def merge(params: Mapping, lora: Mapping, scale: Mapping) -> dict:
+  """The base with every kernel replaced by W + scale * A B, in float32."""
+  flat, factors = flatten_dict(dict(params)), flatten_dict(dict(lora))
+  for path in {path[:-1] for path in factors}:
+    update = jnp.einsum("lir,lro,l->lio", factors[(*path, "a")], factors[(*path, "b")], scale["scale"])
+    flat[(*path, "kernel")] = flat[(*path, "kernel")] + update
+  return unflatten_dict(flat)

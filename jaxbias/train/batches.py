@@ -1,0 +1,122 @@
+"""Which texts a step reads, and the packed batch made of them. A pure function of (seed, step)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from jaxbias.data.pipeline import Segment, Shape, draw, pack, place, plan, text_segment, union
+from jaxbias.data.tokens import Tokenizer, answer_mask
+from jaxbias.errors import UserError
+from jaxbias.losses.registry import Objective
+from jaxbias.methods.recipes import Recipe, Row
+from jaxbias.train.reference import Reference, key_of
+from jaxbias.types import ROLES, Batch
+
+PLANNED_STEPS = 512  # the common shape is planned on the first steps; a later step that needs more gets its own
+
+
+@dataclasses.dataclass(frozen=True)
+class Texts:
+  """The tokenised texts of each role that an objective reads."""
+
+  rows: Mapping[str, tuple[Row, ...]]
+  segments: Mapping[str, tuple[Segment, ...]]
+  paired: bool
+
+  def all_segments(self) -> list[Segment]:
+    return [segment for role in self.segments for segment in self.segments[role]]
+
+
+def tokenise(recipe: Recipe, objective: Objective, tokenizer: Tokenizer, max_positions: int) -> Texts:
+  """Raises UserError for an empty role, a text past the model's window, an answer of no tokens, or missing pairs."""
+  if "pairs" in objective.needs and not recipe.paired:
+    names = " and ".join(f"`{name}`" for name, _ in objective.terms)
+    raise UserError(f"{names} need paired texts, which this method's data recipe has not; use one such as dpo's.")
+  rows = {role: recipe.rows(role) for role in ROLES if role in objective.roles}
+  for role, members in rows.items():
+    if not members:
+      raise UserError(f"the training split has no text for the role `{role}`, which the losses read.")
+  segments = {
+    role: tuple(_segment(row, tokenizer, max_positions, role, objective) for row in members)
+    for role, members in rows.items()
+  }
+  return Texts(rows, segments, recipe.paired)
+
+
+def _segment(row: Row, tokenizer: Tokenizer, max_positions: int, role: str, objective: Objective) -> Segment:
+  ids, start = answer_mask(tokenizer, row.text, row.prefix)
+  if start >= len(ids):
+    raise UserError(f"text {row.id}: no token ends after its first {row.prefix} characters; there is nothing to learn.")
+  if len(ids) > max_positions:
+    raise UserError(f"text {row.id} takes {len(ids)} positions with its start token, the model has {max_positions}; "
+                    "shorten the text.")
+  tokens = [tokenizer.start_id, *ids]
+  return text_segment(tokens, start + 1, score=role in objective.scored_roles, kl=role in objective.kl_roles)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+  """batch(step) for one seed. `counts` is the number of texts of each role in a step."""
+
+  texts: Texts
+  objective: Objective
+  counts: Mapping[str, int]
+  reference: Reference | None
+  seed: int
+  shards: int
+
+  def members(self, step: int) -> list[tuple[str, int]]:
+    """(role, index of the text) of every segment of a step; the twins of a pair are drawn together."""
+    paired = "pairs" in self.objective.needs
+    out = []
+    for role in self.texts.rows:
+      stream = "retain" if paired and role == "forget" else role
+      count = len(self.texts.rows[stream])
+      chosen = draw(count, self.counts[stream], step, (self.seed, ROLES.index(stream)))
+      out += [(role, int(i)) for i in chosen]
+    return out
+
+  def segments(self, step: int) -> list[Segment]:
+    return [self.texts.segments[role][i] for role, i in self.members(step)]
+
+  def batch(self, step: int, planned: Shape) -> tuple[Batch, list[str]]:
+    """The packed batch in numpy, and the id of every text in it by `batch.row`."""
+    members = self.members(step)
+    segments = [self.texts.segments[role][i] for role, i in members]
+    places, need = place(segments, planned.T)
+    shape = union([planned, need], self.shards)
+    arrays = pack(segments, places, shape)
+    arrays.pop("branch")
+    per_segment = {name: np.full((shape.B, shape.S), -1, np.int32) for name in ("role", "row", "pair")}
+    slot = {member: at.b * shape.S + at.s for member, at in zip(members, places, strict=True)}
+    for number, ((role, i), at) in enumerate(zip(members, places, strict=True)):
+      per_segment["role"][at.b, at.s] = ROLES.index(role)
+      per_segment["row"][at.b, at.s] = number
+      if "pairs" in self.objective.needs:
+        per_segment["pair"][at.b, at.s] = slot["forget" if role == "retain" else "retain", i]
+    ids = [self.texts.rows[role][i].id for role, i in members]
+    return Batch(**arrays, **per_segment, **self._reference(segments, places, shape)), ids
+
+  def _reference(self, segments: Sequence[Segment], places, shape: Shape) -> dict[str, np.ndarray]:
+    out = {}
+    if "ref_logprob" in self.objective.needs:
+      out["ref_logprob"] = np.zeros((shape.B, shape.P), np.float32)
+    if self.objective.kl_roles:
+      width = next(iter(self.reference.hidden.values())).shape[-1]
+      out["ref_hidden"] = np.zeros((shape.B, shape.K, width), np.float32)
+    for segment, at in zip(segments, places, strict=True):
+      key = key_of(segment)
+      if "ref_logprob" in out:
+        out["ref_logprob"][at.b, at.p : at.p + len(segment.target)] = self.reference.logprob[key]
+      if "ref_hidden" in out:
+        out["ref_hidden"][at.b, at.k : at.k + len(segment.kl_at)] = self.reference.hidden[key]
+    return out
+
+
+def plan_shape(samplers: Sequence[Sampler], steps: int) -> Shape:
+  """One shape for the first steps of several runs (seeds), so that they share one compiled program."""
+  first = [sampler.segments(step) for sampler in samplers for step in range(min(steps, PLANNED_STEPS))]
+  return plan(first, samplers[0].shards)

@@ -1,0 +1,157 @@
+"""The training loop: restore, step, read metrics one step late, save, stop on a loss that is not finite."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxbias.data.pipeline import Shape
+from jaxbias.errors import UserError
+from jaxbias.losses.registry import Objective
+from jaxbias.mesh import batch_sharding, param_shardings, replicated
+from jaxbias.models.language_model import LanguageModel
+from jaxbias.models.lora import LoraConfig, init_lora, lora_axes, lora_scale
+from jaxbias.models.transformer import abstract_variables
+from jaxbias.train.batches import Sampler
+from jaxbias.train.checkpoint import Checkpoints
+from jaxbias.train.metrics import MetricsWriter
+from jaxbias.train.optim import make_optimizer
+from jaxbias.train.step import make_train_step
+from jaxbias.types import TrainState
+
+
+class TrainingFailed(UserError):
+  """The loss or its gradient stopped being finite; the last good checkpoint is in the run's folder."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """One training run: what it optimises, the texts that it draws, and the folder that it writes to."""
+
+  folder: Path
+  config: Any  # the whole merged config, as plain types
+  objective: Objective
+  coefficients: Mapping[str, Mapping[str, float]]
+  sampler: Sampler
+  shape: Shape
+
+
+@dataclasses.dataclass(frozen=True)
+class Trainer:
+  """What the runs of one config share: the loaded model, the optimizer, compiled steps by objective."""
+
+  model: LanguageModel
+  train: Any  # the config's `train` section
+  lora: LoraConfig
+  tx: optax.GradientTransformation
+  steps: dict[Objective, Callable] = dataclasses.field(default_factory=dict)
+
+  @classmethod
+  def of(cls, model: LanguageModel, config) -> Trainer:
+    lora = LoraConfig(config.lora.rank, config.lora.alpha, tuple(config.lora.targets))
+    return cls(model, config.train, lora, make_optimizer(config.train))
+
+  def step_for(self, objective: Objective) -> Callable:
+    if objective not in self.steps:
+      self.steps[objective] = make_train_step(self.model.module, objective, self.tx)
+    return self.steps[objective]
+
+  @property
+  def scale(self) -> dict:
+    return lora_scale(self.lora, self.model.config.num_layers)
+
+  @property
+  def num_trainable(self) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(self._adapters, 0)))
+
+  def _adapters(self, seed: int) -> dict:
+    return init_lora(jax.random.fold_in(jax.random.key(seed), 0), self.model.params, self.lora)
+
+  def initial_state(self, seed: int) -> TrainState:
+    """Fresh adapters (born sharded) and optimizer state for them alone."""
+    boxed = abstract_variables(self.model.module)
+    shardings = param_shardings(jax.eval_shape(self._adapters, seed), lora_axes(boxed, self.lora), self.model.mesh)
+    params = jax.jit(self._adapters, out_shardings=shardings)(seed)
+    whole = replicated(self.model.mesh)
+    moments = optax.tree_map_params(
+      self.tx, lambda _, sharding: sharding, jax.eval_shape(self.tx.init, params), shardings,
+      transform_non_params=lambda _: whole,
+    )  # fmt: skip
+    opt_state = jax.jit(self.tx.init, out_shardings=moments)(params)
+    return TrainState(jax.device_put(jnp.int32(0), whole), params, opt_state)
+
+  def adapters(self, state: TrainState) -> dict:
+    """The collections that turn the base into the trained model."""
+    return {"lora": state.params, "lora_scale": self.scale}
+
+
+def train(trainer: Trainer, run: Run, on_step: Callable[[dict], None] = lambda record: None) -> TrainState:
+  """Train from the newest checkpoint in the run's folder (or from the start) to the end, and return the state.
+
+  The same folder continued gives the same numbers as an uninterrupted run. `on_step` gets every record that goes
+  to metrics.jsonl. Raises TrainingFailed with the step, the loss part and the texts when a loss is not finite.
+  """
+  checkpoints = Checkpoints(run.folder / "checkpoints")
+  fresh = trainer.initial_state(run.sampler.seed)
+  state = checkpoints.restore(fresh) or fresh
+  done = int(state.step)
+  writer = MetricsWriter(run.folder, after_step=done)
+  step_function = trainer.step_for(run.objective)
+  frozen = {"params": trainer.model.params, "lora_scale": trainer.scale}
+  sharding = batch_sharding(trainer.model.mesh)
+  peak = trainer.train.learning_rate
+  coefficients = jax.device_put(
+    jax.tree.map(np.float32, {"learning_rate": peak, "losses": run.coefficients}), replicated(trainer.model.mesh)
+  )
+  clock = time.perf_counter()
+
+  def report(step: int, metrics, ids: list[str], batch) -> None:
+    nonlocal clock
+    metrics = jax.device_get(metrics)
+    if not metrics["finite"]:
+      raise TrainingFailed(_failure(run, step, metrics, ids, batch))
+    now = time.perf_counter()
+    record = {
+      "step": step, "loss": float(metrics["loss"]), "parts": {k: float(v) for k, v in metrics["parts"].items()},
+      "gradient_norm": float(metrics["gradient_norm"]), "seconds": now - clock,
+      "tokens": int((batch.segment > 0).sum()),
+    }  # fmt: skip
+    clock = now
+    writer.write(step, record)
+    on_step({**record, "texts": len(ids)})
+
+  try:
+    late = None
+    for step in range(done, trainer.train.steps):
+      batch, ids = run.sampler.batch(step, run.shape)
+      with jax.transfer_guard("disallow"):
+        state, metrics = step_function(state, frozen, jax.device_put(batch, sharding), coefficients)
+      if late:
+        report(*late)
+      late = (step + 1, metrics, ids, batch)
+      if (step + 1) % trainer.train.checkpoint_every == 0 or step + 1 == trainer.train.steps:
+        report(*late)
+        late = None
+        checkpoints.save(state, run.config)
+  finally:
+    writer.close()
+    checkpoints.close()
+  return state
+
+
+def _failure(run: Run, step: int, metrics: dict, ids: list[str], batch) -> str:
+  parts = [name for name, value in metrics["parts"].items() if not np.isfinite(value)]
+  bad = batch.row[(batch.row >= 0) & ~np.isfinite(metrics["logprob"])]
+  texts = [ids[i] for i in bad] or ids
+  shown = ", ".join(texts[:6]) + (f" and {len(texts) - 6} more" if len(texts) > 6 else "")
+  what = f"loss part {', '.join(parts)}" if parts else "gradient"
+  return (f"{run.folder.name}: the {what} is not finite at step {step} (texts {shown}). The last good checkpoint is in "
+          f"{run.folder / 'checkpoints'}; try a lower train.learning_rate.")

@@ -1,0 +1,41 @@
+"""Where a run's numbers go: JSONL always, TensorBoard beside it. Rewound on resume, so no step is there twice."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tensorboard.summary import Writer
+
+from jaxbias.files import replace
+
+
+class MetricsWriter:
+  """Appends one JSON line a step to `folder/metrics.jsonl` and the same scalars to `folder/tensorboard`."""
+
+  def __init__(self, folder: Path, after_step: int):
+    """Keeps the lines up to `after_step`: those that came later will be computed again."""
+    self.path = folder / "metrics.jsonl"
+    kept = [line for line in read_jsonl(self.path) if line["step"] <= after_step]
+    replace(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+    self._lines = self.path.open("a", encoding="utf-8")
+    self._board = Writer(str(folder / "tensorboard"))
+
+  def write(self, step: int, record: dict) -> None:
+    self._lines.write(json.dumps({"step": step, **record}) + "\n")
+    self._lines.flush()
+    scalars = {k: v for k, v in record.items() if isinstance(v, float)}
+    for name, value in {**scalars, **{f"parts/{k}": v for k, v in record.get("parts", {}).items()}}.items():
+      self._board.add_scalar(name, value, step)
+
+  def close(self) -> None:
+    self._lines.close()
+    self._board.close()
+
+
+def read_jsonl(path: Path) -> list[dict]:
+  """The complete lines of a metrics file; a last line that was cut short by a kill is left out."""
+  if not path.exists():
+    return []
+  lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+  return [json.loads(line) for line in lines if line.endswith("\n")]

@@ -1,0 +1,56 @@
+"""The pure train step: one trunk pass over all roles, the losses that a config composes, one update.
+
+  step(state, frozen, batch, coefficients) -> (state, metrics)      # state donated
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxbias.losses.logprobs import forward_kl, gather_positions, token_logprobs
+from jaxbias.losses.registry import LossContext, Objective, evaluate
+from jaxbias.models.transformer import Transformer, head_matrix
+from jaxbias.types import Batch, LossOutput, TrainState
+
+
+def loss(module: Transformer, objective: Objective, lora: Any, frozen: Mapping, batch: Batch, coefficients: Mapping):
+  """(total, (LossOutput, log-probability per segment [B, S])) of the adapted model on one batch."""
+  hidden, _ = module.apply({"lora": lora, **frozen}, batch.tokens, batch.segment, batch.position)
+  head = head_matrix(frozen["params"], module.config)
+  logprob_BP = token_logprobs(gather_positions(hidden, batch.score_at), head, batch.target)
+  kl_BK = None
+  if objective.kl_roles:
+    kl_BK = forward_kl(gather_positions(hidden, batch.kl_at), head, batch.ref_hidden, head)
+  ctx = LossContext(batch, logprob_BP, kl_BK)
+  out = evaluate(objective, ctx, coefficients)
+  return out.total, (out, ctx.logprob_BS)
+
+
+def make_train_step(module: Transformer, objective: Objective, tx: optax.GradientTransformation) -> Callable:
+  """The jitted step. `coefficients` = {"learning_rate": ..., "losses": {...}} are traced: changing one never
+  recompiles. A step whose loss or gradient is not finite changes nothing and says so in its metrics."""
+
+  def step(state: TrainState, frozen: Mapping, batch: Batch, coefficients: Mapping):
+    compute = jax.value_and_grad(lambda lora: loss(module, objective, lora, frozen, batch, coefficients["losses"]),
+                                 has_aux=True)  # fmt: skip
+    (total, (out, logprob_BS)), grads = compute(state.params)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    updates = jax.tree.map(lambda u: -coefficients["learning_rate"] * u, updates)
+    moved = TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state)
+    norm = optax.global_norm(grads)
+    finite = jnp.isfinite(total) & jnp.isfinite(norm)
+    state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, state)
+    return state, metrics(out, norm, finite, logprob_BS)
+
+  return jax.jit(step, donate_argnums=0)
+
+
+def metrics(out: LossOutput, norm: jax.Array, finite: jax.Array, logprob_BS: jax.Array) -> dict:
+  """What the host reads, one step late. `logprob` finds the rows behind a loss that is not finite."""
+  parts = {name: part.value() for name, part in out.parts.items()}
+  return {"loss": out.total, "parts": parts, "gradient_norm": norm, "finite": finite, "logprob": logprob_BS}

@@ -1,0 +1,85 @@
+"""The nouns that every room shares: Batch, Metric, LossOutput, TrainState.
+
+Axis letters, here and in every file that uses them:
+  B packed rows, T time, S segments in a packed row, P scored positions in a packed row,
+  K positions whose whole distribution is needed, D model, V vocabulary, L layers.
+
+A packed row holds several texts ("segments") side by side. Everything about a position stays in its row,
+so a batch shards along B without moving anything; only scalars per segment ever cross rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+ROLES = ("forget", "retain", "general")  # a segment's role is its index here; -1 is padding
+
+
+@flax.struct.dataclass
+class Batch:
+  """Packed token rows and what to read off them.
+
+  `segment` is 0 at padding and counts from 1 inside a row. A position t with `branch` 0 is seen by every later
+  position of its segment; one with branch n only by its own branch (options that share their context).
+  `score_at[b, p]` is the position whose hidden state predicts `target[b, p]`, which belongs to segment
+  `score_segment[b, p]` (0 = padding). `kl_at` and `kl_segment` name positions in the same way where a loss compares
+  whole distributions with the reference; `ref_hidden` is the reference's last hidden state there.
+  """
+
+  tokens: jax.Array  # int32 [B, T]
+  segment: jax.Array  # int32 [B, T]
+  position: jax.Array  # int32 [B, T], restarts in every segment and branch
+  score_at: jax.Array  # int32 [B, P]
+  target: jax.Array  # int32 [B, P]
+  score_segment: jax.Array  # int32 [B, P]
+  branch: jax.Array | None = None  # int32 [B, T]
+  role: jax.Array | None = None  # int32 [B, S], index into ROLES, -1 = no segment
+  row: jax.Array | None = None  # int32 [B, S], index of the text in the recipe's list, -1 = no segment
+  pair: jax.Array | None = None  # int32 [B, S], flat index b * S + s of the twin segment, -1 = none
+  ref_logprob: jax.Array | None = None  # float32 [B, P], nats
+  kl_at: jax.Array | None = None  # int32 [B, K]
+  kl_segment: jax.Array | None = None  # int32 [B, K]
+  ref_hidden: jax.Array | None = None  # float32 [B, K, D]
+
+
+@flax.struct.dataclass
+class Metric:
+  """A mean in two halves. It adds by addition and divides once at the end, so accumulation, packing, several
+  hosts and padding rows cannot change it."""
+
+  sum: jax.Array
+  weight: jax.Array
+
+  @classmethod
+  def over(cls, values: jax.Array, mask: jax.Array) -> Metric:
+    """The mean of `values` where `mask` is true; masked values are never read, not even their NaNs."""
+    mask = jnp.broadcast_to(mask, values.shape)
+    return cls(jnp.where(mask, values, 0.0).sum(dtype=jnp.float32), mask.sum(dtype=jnp.float32))
+
+  def value(self) -> jax.Array:
+    """sum / weight, and 0 where nothing was counted."""
+    return self.sum / jnp.maximum(self.weight, 1e-9)
+
+  def __add__(self, other: Metric) -> Metric:
+    return Metric(self.sum + other.sum, self.weight + other.weight)
+
+
+@flax.struct.dataclass
+class LossOutput:
+  """What a step minimises, and the parts it is made of (unweighted means)."""
+
+  total: jax.Array
+  parts: dict[str, Metric]
+
+
+@flax.struct.dataclass
+class TrainState:
+  """Everything a step changes. `params` are the trainable leaves only (adapters, or the whole tree)."""
+
+  step: jax.Array  # int32 []
+  params: Any
+  opt_state: Any
