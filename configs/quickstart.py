@@ -12,6 +12,7 @@ def get_config():
   c.title = "Five objectives on SmolLM2-135M-Instruct"
   c.seeds = (0, 1)
   c.train.steps = 30
+  c.compare = ("sft", "ga", "npo", "dpo", "biasunlearn")
   with c.unlocked():
-    c.variants = {name: methods.variant(name) for name in ("sft", "ga", "npo", "dpo", "biasunlearn")}
+    c.variants = {name: methods.variant(name) for name in c.compare}
   return c

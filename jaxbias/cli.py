@@ -22,12 +22,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
   """Run one verb. Exit codes: 0 done, 2 something the user can mend (one line on stderr says what), 130 interrupted."""
   arguments = list(sys.argv[1:] if arguments is None else arguments)
   try:
+    _check_names(arguments)
     options, rest = _parser().parse_known_args(arguments)
-    takes_config = options.verb in ("compare", "train")
-    unknown = [a for a in rest if not (takes_config and (a == "--config" or a.startswith(("--config=", "--config."))))]
-    if unknown:
-      flag = unknown[0].split("=")[0]
-      raise UserError(f"`{options.verb}` has no argument {flag}; {did_you_mean(flag, _flags(options.verb))}")
+    if stray := [a for a in rest if not a.startswith("--config.")]:
+      raise UserError(f"`{options.verb}` cannot use `{stray[0]}`; `jaxbias {options.verb} --help` lists what it takes.")
     options.run(options, rest)
     return 0
   except UserError as error:
@@ -44,8 +42,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 130
 
 
+class _Parser(argparse.ArgumentParser):
+  def error(self, message: str):
+    raise UserError(f"{message}; `{self.prog} --help` lists what there is.")
+
+
 def _parser() -> argparse.ArgumentParser:
-  parser = argparse.ArgumentParser(
+  parser = _Parser(
     prog="jaxbias", description="Debiasing and unlearning in language models: train, measure, compare.",
     allow_abbrev=False,
   )  # fmt: skip
@@ -91,9 +94,20 @@ def _model(parser: argparse.ArgumentParser) -> None:
   parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32 on CPU, bfloat16 elsewhere")
 
 
-def _flags(verb: str) -> list[str]:
-  choices = next(a for a in _parser()._actions if isinstance(a, argparse._SubParsersAction)).choices
-  return [flag for action in choices[verb]._actions for flag in action.option_strings]
+def _check_names(arguments: Sequence[str]) -> None:
+  """Raises UserError with the nearest name for a verb or a flag that does not exist, before anything is parsed."""
+  verbs = next(a for a in _parser()._actions if isinstance(a, argparse._SubParsersAction)).choices
+  verb = next((a for a in arguments if not a.startswith("-")), None)
+  if verb is None:
+    return
+  if verb not in verbs:
+    raise UserError(f"there is no verb `{verb}`; {did_you_mean(verb, verbs)}")
+  flags = [flag for action in verbs[verb]._actions for flag in action.option_strings]
+  for argument in arguments:
+    flag = argument.split("=")[0]
+    overrides = flag.startswith("--config.") and "--config" in flags
+    if flag.startswith("--") and flag not in flags and not overrides:
+      raise UserError(f"`{verb}` has no argument {flag}; {did_you_mean(flag, flags)}")
 
 
 def _start_jax() -> None:
@@ -124,8 +138,7 @@ def _train(options, rest: Sequence[str]) -> None:
   if name is None or name not in config.variants:
     wanted = f"the config has no variant `{name}`" if name else "name one of the config's variants with --variant"
     raise UserError(f"{wanted}; {did_you_mean(name or '', config.variants)}")
-  with config.unlocked():
-    config.variants = {name: config.variants[name].to_dict()}
+  config.compare = (name,)
   _run(config, options.workdir)
 
 

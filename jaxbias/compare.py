@@ -101,8 +101,9 @@ def prepare(config, workdir: Path, command: str) -> Comparison:
   """Check everything that can be wrong, load data and model, tokenise; claims `workdir` before the slow part."""
   configs.validate(config)
   plain = configs.to_dict(config)
-  parsed = {name: parse(spec["losses"]) for name, spec in plain["variants"].items()}
-  recipes = {name: methods.get(spec["method"]).recipe for name, spec in plain["variants"].items()}
+  specs = {name: plain["variants"][name] for name in configs.compared(config)}
+  parsed = {name: parse(spec["losses"]) for name, spec in specs.items()}
+  recipes = {name: methods.get(spec["method"]).recipe for name, spec in specs.items()}
   data = sources.load(config.data.source, config.data.split_file or None)
   claim(workdir, plain, command)
   dtype = None if config.dtype == "auto" else config.dtype
@@ -114,10 +115,10 @@ def prepare(config, workdir: Path, command: str) -> Comparison:
       seed: tokenise(recipes[name](data.train, seed), objective, model.tokenizer, model.config.max_positions)
       for seed in plain["seeds"]
     }
-    return Variant(name, plain["variants"][name], objective, coefficients, texts)
+    return Variant(name, specs[name], objective, coefficients, texts)
 
   split = getattr(data, config.eval.split)
-  variants = tuple(variant(name) for name in plain["variants"])
+  variants = tuple(map(variant, specs))
   encoded = tradeoff.encode_split(model, split)
   return Comparison(config, workdir, data, split, Trainer.of(model, config), variants, encoded)
 

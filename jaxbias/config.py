@@ -43,6 +43,7 @@ def defaults() -> ConfigDict:
   }
   c.seeds = (0,)
   c.variants = {}  # name -> {"method", "label", "losses"}; see jaxbias.methods.variant
+  c.compare = ()  # which variants to run, in the table's order; empty = all, by name
   c.eval = {"split": "test", "scoring": "sum", "bootstrap_draws": 2000}
   c.lock()
   return c
@@ -135,6 +136,14 @@ def validate(config: ConfigDict) -> None:
     raise UserError("seeds is empty; give at least one, e.g. --config.seeds='(0,)'.")
   if not config.variants:
     raise UserError("variants is empty; give at least one, e.g. variants = {'sft': methods.variant('sft')}.")
+  for name in config.compare:
+    if name not in config.variants:
+      raise UserError(f"compare names the variant `{name}`, which is not there; {did_you_mean(name, config.variants)}")
+
+
+def compared(config: ConfigDict) -> tuple[str, ...]:
+  """The variants that a config runs, in the table's order."""
+  return tuple(config.compare) or tuple(sorted(config.variants))
 
 
 def _one_of(key: str, value: str, valid: Sequence[str]) -> None:

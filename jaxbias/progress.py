@@ -18,7 +18,7 @@ class Tracker:
   """
 
   def __init__(self, job: str, total_cost: float):
-    self._console = Console(stderr=True)
+    self._console = Console(stderr=True, soft_wrap=True)
     self._live = self._console.is_terminal
     self._bars = Progress(
       TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(),

@@ -1,0 +1,1 @@
+"""Rows, sources and packing. No jax at module top."""

@@ -1,0 +1,1 @@
+"""Evaluation: the scoring engine, one file a benchmark, statistics."""

@@ -13,13 +13,13 @@ from jaxbias.models.language_model import LanguageModel
 
 METRICS = {  # the columns of the table: label, unit, ideal, which way is better, what it means
   "ss": ("SS", "%", 50.0, "ideal", "stereotype score: how often the stereotype is likelier than the anti-stereotype"),
-  "lms": ("LMS", "%", 100.0, "higher", "language-modelling score: how often a meaningful filling beats a senseless one"),
+  "lms": ("LMS", "%", 100.0, "higher", "language-modelling score: how often a meaningful filling beats the unrelated"),
   "icat": ("ICAT", "%", 100.0, "higher", "LMS x min(SS, 100 - SS) / 50: both at once"),
   "f_all": ("F_all", "nats/token", 0.0, "lower", "overall forgetting: rise of the loss on general text"),
-  "f_st": ("F_st", "nats/token", None, "higher", "forgetting of stereotypes: rise of the loss on them"),
-  "f_anti": ("F_anti", "nats/token", None, "lower", "rise of the loss on anti-stereotypes"),
+  "f_st": ("F_st", "nats/token", None, "none", "forgetting of stereotypes: rise of the loss on them"),
+  "f_anti": ("F_anti", "nats/token", None, "none", "rise of the loss on anti-stereotypes"),
   "f_unrel": ("F_unrel", "nats/token", 0.0, "ideal", "rise of the loss on unrelated fillings"),
-  "f_sel": ("F_sel", "nats/token", None, "higher", "selective forgetting: F_st - F_unrel"),
+  "f_sel": ("F_sel", "nats/token", None, "higher", "selective forgetting: F_st - F_unrel; means little where F_all is large"),
   "preference_shift": ("shift", "nats/token", None, "none", "preference shift: F_st - F_anti"),
 }  # fmt: skip
 

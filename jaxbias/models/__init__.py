@@ -1,0 +1,1 @@
+"""Language models: shapes, layers, the scanned stack, checkpoints in, adapters."""

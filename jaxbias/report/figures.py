@@ -26,6 +26,7 @@ INK, MUTED, GRID, BAND, PAPER = "#1b2430", "#5c6773", "#d9dee3", "#eaf3ee", "#ff
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5)))
+MOST_LABELS = 10  # beyond, points are told apart by a legend
 WIDTH = 10.0  # inches of 72 points: 960 CSS pixels, where the type is 12 to 13 pixels high
 STYLE = {
   "svg.fonttype": "none", "svg.hashsalt": "jaxbias", "text.parse_math": False,
@@ -42,13 +43,11 @@ ALT = {
   "curves": "Loss parts of each variant over training steps",
   "validation": "Stereotype score on validation terms over training steps",
 }
-Draw = Callable[[Mapping], Figure | None]
-Figures = dict[str, "Callable[[Mapping, str], str | bytes | None]"]
-FIGURES: Figures = {}
+FIGURES: dict[str, Callable] = {}
 
 
-def _figure(draw: Draw):
-  """Draw in the house style without touching global state, and turn the figure into SVG text or PNG bytes."""
+def _figure(draw: Callable[[Mapping], Figure | None]) -> Callable:
+  """Draw in the house style, which is put back after, and turn the figure into SVG text or PNG bytes."""
 
   @functools.wraps(draw)
   def figure(results: Mapping, kind: str = "svg") -> str | bytes | None:
@@ -100,7 +99,8 @@ def scatter(results: Mapping) -> Figure | None:
   if not {"ss", "f_all"} <= metrics.keys():
     return None
   drawn = _canvas(5.4)
-  ax = drawn.add_axes((0.065, 0.115, 0.915, 0.86))
+  crowded = len(read.trained(results)) > MOST_LABELS
+  ax = drawn.add_axes((0.065, 0.1, 0.67 if crowded else 0.915, 0.85))
   ideal, start = metrics["ss"]["ideal"], read.base(results)
   before = start and read.estimate(start, "ss")
   points = [
@@ -119,7 +119,14 @@ def scatter(results: Mapping) -> Figure | None:
   _forgetting_axis(ax, [x.value for _, x, _, _ in points], metrics["f_all"])
   ax.set_ylabel(f"stereotype score, {metrics['ss'].get('unit', '')}")
   _frame(ax, points, ideal)
-  place(ax, [(shorten(name), x.value, y.value) for name, x, y, _ in points], _obstacles(points), INK, MUTED)
+  if crowded:
+    keys = [ax.plot([], [], ls="", ms=7, label=shorten(name), **style)[0] for name, _, _, style in points]
+    drawn.legend(handles=keys, loc="upper left", bbox_to_anchor=(0.745, 0.99))
+  else:
+    (left, right), (low, high) = ax.get_xlim(), ax.get_ylim()
+    lines = [(left, ideal, right, ideal), (0, low, 0, high)]
+    texts = [(shorten(name), x.value, y.value) for name, x, y, _ in points]
+    place(ax, texts, _obstacles(points) + lines, INK, MUTED)
   return drawn
 
 
@@ -138,7 +145,7 @@ def _forgetting_axis(ax: Axes, values: list[float], metric: Mapping) -> None:
   typical = float(np.median(sizes)) if sizes else 0.0
   if sizes and max(sizes) > 8 * typical:
     knee = 10.0 ** math.floor(math.log10(typical))
-    ax.set_xscale("symlog", linthresh=knee)
+    ax.set_xscale("symlog", linthresh=knee, linscale=0.5)
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     title += f" (logarithmic beyond ±{knee:g})"
   ax.set_xlabel(title)
@@ -157,7 +164,7 @@ def _obstacles(points: list[tuple]) -> list[tuple[float, float, float, float]]:
 
 
 def _frame(ax: Axes, points: list[tuple], ideal: float) -> None:
-  """Room for the labels, the two ideals always in view; words for the ideal line and the band."""
+  """Room for the labels, the ideal always in view; words for the ideal line and the shaded band."""
   ys = [end for _, _, y, _ in points for end in (y.value, y.low, y.high) if end is not None] + [ideal]
   margin = 0.09 * (max(ys) - min(ys)) or 1.0
   ax.set_ylim(min(ys) - margin, max(ys) + margin)
@@ -166,8 +173,7 @@ def _frame(ax: Axes, points: list[tuple], ideal: float) -> None:
   edge = {"xycoords": ax.get_yaxis_transform(), "textcoords": "offset points", "ha": "right", "color": MUTED}
   ax.annotate(f"ideal {ideal:g}", (1, ideal), xytext=(-4, 4), **edge)
   if points and points[0][3] is BASE_LOOK:
-    top = ideal + abs(points[0][2].value - ideal)
-    ax.annotate("band: nearer to the ideal than the base model", (1, top), xytext=(-4, -11), **edge)
+    ax.set_title(f"shaded: nearer to {ideal:g} than the base model", loc="right", color=MUTED, fontsize=9.5)
 
 
 @_figure
@@ -187,7 +193,7 @@ def domains(results: Mapping) -> Figure | None:
         _dot(ax, found, height, looks.get(row["name"], BASE_LOOK))
     ax.set_title(domain)
     ax.grid(axis="x")
-    ax.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+    ax.xaxis.set_major_locator(MaxNLocator(4, steps=(1, 2.5, 5, 10), integer=True))
   panels[0].set_yticks(range(len(rows)), [shorten(read.label(row)) for row in rows], color=INK)
   panels[0].set_ylim(len(rows) - 0.4, -0.6)
   guide = f"(solid line: ideal {metric['ideal']:g}; dotted: base model)"
@@ -224,9 +230,11 @@ def curves(results: Mapping) -> Figure | None:
       style = {"color": COLORS[i % len(COLORS)], "ls": DASHES[i % len(DASHES)]}
       if line := _seeds_and_mean(ax, runs[row["name"]], lambda at, part=part: (at.get("parts") or {}).get(part), style):
         lines.setdefault(part, line)
+    ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     ax.yaxis.set_major_locator(MaxNLocator(5))
-  for ax in panels[len(rows) :]:
-    ax.set_visible(False)
+  for place_in_grid, ax in enumerate(panels):
+    ax.set_visible(place_in_grid < len(rows))
+    ax.tick_params(labelbottom=place_in_grid + wide >= len(rows))
   drawn.supxlabel("step", fontsize=9.5)
   drawn.supylabel("loss part, as logged", fontsize=9.5)
   drawn.legend(lines.values(), lines.keys(), loc="outside upper left", ncols=8, handlelength=2.6)
@@ -241,7 +249,7 @@ def validation(results: Mapping) -> Figure | None:
     return (at.get("validation") or {}).get("ss")
 
   drawn, ends = _canvas(3.6), []
-  ax = drawn.add_axes((0.065, 0.15, 0.72, 0.82))
+  ax = drawn.subplots()
   for i, row in enumerate(read.trained(results)):
     if line := _seeds_and_mean(ax, (results.get("curves") or {}).get(row["name"], {}), score, look(i) | {"ms": 5}):
       ends.append((line, shorten(read.label(row))))
@@ -250,8 +258,9 @@ def validation(results: Mapping) -> Figure | None:
   ideal = results["metrics"]["ss"]["ideal"]
   ax.axhline(ideal, color=INK, lw=1.1, zorder=1)
   ax.set_xlabel("step")
-  ax.set_ylabel(f"stereotype score on validation terms (ideal {ideal:g})")
-  drawn.legend(*zip(*ends, strict=True), loc="center left", bbox_to_anchor=(0.79, 0.55))
+  ax.set_ylabel(f"validation stereotype score (ideal {ideal:g})")
+  drawn.legend(*zip(*ends, strict=True), loc="outside right center")
+  drawn.set_layout_engine("constrained")
   return drawn
 
 

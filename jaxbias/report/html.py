@@ -16,7 +16,7 @@ SECTIONS = {
   "scatter": (
     "Fairness against forgetting",
     "Large points: means over seeds with intervals; small ones: single seeds. The aim is the crossing of the two ideal "
-    "lines: as unbiased as possible (height) with nothing else lost (left to right).",
+    "lines: unbiased (height) with nothing else lost (left).",
   ),
   "domains": (None, "Stereotype score by domain, before (dotted line, star) and after training."),
   "curves": ("Training", "Parts of each loss over the steps. Thick: mean over seeds; thin: single seeds."),
@@ -147,26 +147,32 @@ def _objectives(results: Mapping) -> str:
     return ""
   lines = []
   for row in rows:
-    losses = _and(_loss(name, settings) for name, settings in (row.get("losses") or {}).items())
+    losses = " + ".join(_loss(name, settings) for name, settings in (row.get("losses") or {}).items())
     train = row.get("train") or {}
-    seconds = ", ".join(duration(each) for each in train.get("seconds") or ())
-    tokens = f"{train['tokens']:,}" if train.get("tokens") else ""
+    seconds = ", ".join(map(duration, _each(train.get("seconds"))))
+    tokens = ", ".join(f"{count:,}" for count in dict.fromkeys(_each(train.get("tokens"))))
     lines.append(
       f'<tr><td>{escape(read.label(row))}</td><td class="left">{escape(losses)}</td>'
       f"<td>{escape(seconds)}</td><td>{escape(tokens)}</td></tr>"
     )
   return (
     '<h2>Objectives and budget</h2><div class="wide"><table><thead><tr><th scope="col">model</th>'
-    '<th scope="col" class="left">loss parts</th><th scope="col">time<small>each seed</small></th>'
-    f'<th scope="col">tokens</th></tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+    '<th scope="col" class="left">loss</th><th scope="col">time<small>each seed</small></th>'
+    '<th scope="col">tokens<small>each seed</small></th></tr></thead>'
+    f"<tbody>{''.join(lines)}</tbody></table></div>"
   )
 
 
-def _loss(name: str, settings: object) -> str:
-  if isinstance(settings, Mapping):
-    inside = ", ".join(f"{key} {value}" for key, value in settings.items())
-    return f"{name} ({inside})" if inside else name
-  return name if settings is None else f"{name} × {settings}"
+def _each(seeds: object) -> list:
+  """One number for all seeds, a list with one for each, or nothing: always a list."""
+  return seeds if isinstance(seeds, list) else [] if seeds is None else [seeds]
+
+
+def _loss(name: str, settings: Mapping) -> str:
+  """`0.5 npo on forget (beta 0.1)`."""
+  rest = ", ".join(f"{key} {value}" for key, value in settings.items() if key not in ("weight", "on"))
+  weight, rows = settings.get("weight", ""), f"on {settings['on']}" if "on" in settings else ""
+  return " ".join(filter(None, (str(weight), name, rows, f"({rest})" if rest else "")))
 
 
 def _how_to_read(results: Mapping) -> str:
@@ -175,8 +181,10 @@ def _how_to_read(results: Mapping) -> str:
     aim = AIMS[metric["better"]].format(ideal=metric.get("ideal"))
     if metric["better"] in ("higher", "lower") and read.finite(metric.get("ideal")) is not None:
       aim += f", ideally {metric['ideal']:g}"
-    said = [str(metric.get("help") or "").strip().rstrip("."), metric.get("unit", ""), aim]
-    lines.append(f"<dt>{escape(metric.get('label', name))}</dt><dd>{escape('; '.join(filter(None, said)))}.</dd>")
+    said = str(metric.get("help") or "").strip().rstrip(".")
+    aim = f"In {metric['unit']}, {aim}." if metric.get("unit") else f"{aim.capitalize()}."
+    text = f"{said[:1].upper()}{said[1:]}. {aim}" if said else aim
+    lines.append(f"<dt>{escape(metric.get('label', name))}</dt><dd>{escape(text)}</dd>")
   return f"<h2>How to read this</h2><dl>{''.join(lines)}</dl>"
 
 
@@ -186,8 +194,8 @@ def _provenance(results: Mapping) -> str:
   commit = f"{git.get('commit')}{dirty}" if git else "not a git checkout"
   facts = {
     "Config": results["config_hash"],
-    "Model": _and(filter(None, (results["model"].get("source"), results["model"].get("fingerprint")))),
-    "Data": _and(filter(None, (results["data"].get("name"), results["data"].get("fingerprint")))),
+    "Model": ", ".join(str(results["model"][key]) for key in ("source", "fingerprint") if results["model"].get(key)),
+    "Data": ", ".join(str(results["data"][key]) for key in ("name", "fingerprint") if results["data"].get(key)),
     "Git commit": commit,
     "Versions": ", ".join(f"{name} {version}" for name, version in (results.get("versions") or {}).items()),
     "Hardware": results.get("hardware"),

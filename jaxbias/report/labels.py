@@ -7,6 +7,7 @@ import math
 import numpy as np
 from matplotlib.axes import Axes
 
+Point = tuple[float, float] | np.ndarray
 Box = tuple[float, float, float, float]  # x0, y0, x1, y1
 ANGLES = np.arange(0, 360, 22.5)
 RADII = (11, 16, 24, 34, 46, 60, 78, 100)
@@ -21,12 +22,13 @@ def shorten(text: str, most: int = 30) -> str:
 
 
 def place(ax: Axes, points: list[tuple[str, float, float]], avoid: list[Box], ink: str, muted: str) -> None:
-  """Write each (text, x, y) beside its point. `avoid`: boxes in data units. Limits of `ax` must be final."""
-  texts = [ax.annotate(text, (x, y), (0, 0), textcoords="offset points", color=ink, zorder=6) for text, x, y in points]
+  """Write each (text, x, y) beside its point. `avoid`: boxes in data units. The limits of `ax` are final."""
   renderer = ax.figure.canvas.get_renderer()
+  solid = [tuple(text.get_window_extent(renderer).extents) for text in ax.texts]
+  texts = [ax.annotate(text, (x, y), (0, 0), textcoords="offset points", color=ink, zorder=6) for text, x, y in points]
   sizes = [(box.width, box.height) for box in (text.get_window_extent(renderer) for text in texts)]
   anchors = [ax.transData.transform(point[1:]) for point in points]
-  solid = [(x - 7, y - 7, x + 7, y + 7) for x, y in anchors]
+  solid += [(x - 7, y - 7, x + 7, y + 7) for x, y in anchors]
   for x0, y0, x1, y1 in avoid:
     (left, low), (right, high) = ax.transData.transform([(x0, y0), (x1, y1)])
     solid.append((left - 3, low - 3, right + 3, high + 3))
@@ -34,29 +36,45 @@ def place(ax: Axes, points: list[tuple[str, float, float]], avoid: list[Box], in
   chosen: dict[int, Box] = {}
   for _ in range(3):  # the first labels are placed again once they know where the later ones went
     for i, (anchor, size) in enumerate(zip(anchors, sizes, strict=True)):
-      taken = [box for j, box in chosen.items() if j != i]
+      taken = {tuple(anchors[j]): box for j, box in chosen.items() if j != i}
       chosen[i] = min(_candidates(anchor, size), key=lambda box: _cost(box, anchor, solid, taken, frame.extents))
   for i, text in enumerate(texts):
     _put(ax, text, anchors[i], chosen[i], muted)
 
 
 def _candidates(anchor: np.ndarray, size: tuple[float, float]) -> list[Box]:
-  """Boxes around the anchor: at each angle and radius the one whose nearest edge or corner touches that spot."""
+  """Boxes around the anchor: at each angle and radius the one whose nearest corner (or middle) is at that spot."""
   found, (width, height) = [], size
   for radius in RADII:
     for angle in np.radians(ANGLES):
       dx, dy = math.cos(angle), math.sin(angle)
-      x = anchor[0] + radius * dx - width * (1 - dx) / 2
-      y = anchor[1] + radius * dy - height * (1 - dy) / 2
+      x = anchor[0] + radius * dx - width * _share(dx)
+      y = anchor[1] + radius * dy - height * _share(dy)
       found.append((x, y, x + width, y + height))
   return found
 
 
-def _cost(box: Box, anchor: np.ndarray, solid: list[Box], taken: list[Box], frame: np.ndarray) -> float:
+def _share(direction: float) -> float:
+  """How much of the box lies before the spot: none when going right or up, all when going left or down."""
+  return 0.5 if abs(direction) < 0.1 else 0.0 if direction > 0 else 1.0
+
+
+def _cost(box: Box, anchor: np.ndarray, solid: list[Box], taken: dict, frame: np.ndarray) -> float:
   if box[0] < frame[0] or box[1] < frame[1] or box[2] > frame[2] or box[3] > frame[3]:
     return math.inf
-  covered = sum(_overlap(box, other) for other in solid) + 3 * sum(_overlap(box, other, 2) for other in taken)
-  return 10 * covered + math.dist(_touch(box, anchor), anchor)
+  covered = sum(_overlap(box, other) for other in solid) + 3 * sum(_overlap(box, other, 2) for other in taken.values())
+  touch = _touch(box, anchor)
+  crossed = sum(_cross(anchor, touch, other, _touch(taken[other], other)) for other in taken)
+  return 10 * covered + 40 * crossed + math.dist(touch, anchor)
+
+
+def _cross(a: Point, b: Point, c: Point, d: Point) -> bool:
+  """Whether the segments ab and cd cross."""
+
+  def left(p: Point, q: Point, r: Point) -> bool:
+    return (q[0] - p[0]) * (r[1] - p[1]) > (q[1] - p[1]) * (r[0] - p[0])
+
+  return left(a, b, c) != left(a, b, d) and left(c, d, a) != left(c, d, b)
 
 
 def _overlap(a: Box, b: Box, gap: float = 0) -> float:

@@ -122,7 +122,8 @@ def interval(found: Estimate, metric: Mapping) -> str:
   """`[low, high]`, or nothing where the estimate has no interval."""
   if found.low is None or found.high is None:
     return ""
-  return f"[{number(found.low, metric)}, {number(found.high, metric)}]"
+  low, high = (number(end, metric).removeprefix("+") for end in (found.low, found.high))
+  return f"[{low}, {high}]"
 
 
 def distance(found: Estimate, metric: Mapping) -> tuple[float, float]:

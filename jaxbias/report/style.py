@@ -10,7 +10,7 @@ STYLE = """
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink);
   font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
-main { max-width: 1120px; margin: 0 auto; padding: 3rem 1.5rem 4rem; }
+main { max-width: 1160px; margin: 0 auto; padding: 3rem 1.5rem 4rem; }
 h1 { font-size: 2rem; line-height: 1.2; margin: 0 0 1rem; letter-spacing: -0.015em; text-wrap: balance; }
 h2 { font-size: 1.25rem; margin: 3rem 0 .75rem; }
 p, ul { max-width: 46rem; margin: 0 0 1rem; }
@@ -19,24 +19,27 @@ p, ul { max-width: 46rem; margin: 0 0 1rem; }
 .small, figcaption { color: var(--muted); font-size: .875rem; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: .9375rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .5rem .6rem; text-align: right; vertical-align: top; border-bottom: 1px solid var(--grid); }
-th:first-child, td:first-child { text-align: left; padding-left: 0; min-width: 9rem; max-width: 17rem;
+th, td { padding: .5rem .4rem; text-align: right; vertical-align: top; border-bottom: 1px solid var(--grid); }
+th:first-child, td:first-child { text-align: left; min-width: 8.5rem; max-width: 17rem;
   overflow-wrap: anywhere; font-weight: 500; }
 thead th { border-bottom: 2px solid var(--ink); vertical-align: bottom; line-height: 1.3; white-space: nowrap; }
-thead small, td small { display: block; color: var(--muted); font-weight: 400; font-size: .78rem; white-space: nowrap; }
+thead small, td small { display: block; color: var(--muted); font-weight: 400; font-size: .75rem; white-space: nowrap; }
 tr.base td { background: var(--tint); }
-tr.base td:first-child { padding-left: .6rem; }
 td b { color: var(--best); }
 td.left, th.left { text-align: left; }
 .none { color: var(--muted); }
-figure { margin: 0 0 1.5rem; }
+figure { margin: 1.5rem 0; }
+h2 + figure { margin-top: 0; }
+.wide + ul { margin-top: .75rem; }
+figcaption { max-width: 60rem; margin-top: .25rem; }
 figure .wide > svg { display: block; width: 100%; min-width: 720px; height: auto; }
 figure text { font-family: system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial,
   sans-serif !important; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .35rem 1.25rem; margin: 0; }
 dt { font-weight: 600; } dd { margin: 0; min-width: 0; overflow-wrap: anywhere; }
 code, pre { font: .875rem/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
-pre { background: var(--tint); padding: .75rem 1rem; border-radius: 6px; overflow-x: auto; margin: 0 0 1rem; }
+pre { background: var(--tint); padding: .75rem 1rem; border-radius: 6px; margin: 0 0 1rem;
+  white-space: pre-wrap; overflow-wrap: anywhere; }
 @media (max-width: 640px) { main { padding: 1.5rem 1rem; } h1 { font-size: 1.5rem; }
   dl { grid-template-columns: 1fr; gap: 0; } dd { margin-bottom: .6rem; } }
 @media print { main { max-width: none; padding: 0; } figure, tr { break-inside: avoid; } }

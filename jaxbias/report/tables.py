@@ -84,9 +84,9 @@ def _column(rows: list[Mapping], label: str, name: str, metric: Mapping, domain:
 
 
 def best(estimates: list[read.Estimate | None], metric: Mapping) -> set[int]:
-  """Places of the best value as printed (ties share it); none without a direction or without a rival."""
+  """Places of the best value as printed (ties share it); none without a direction or where all are as good."""
   values = {i: float(read.number(found.value, metric)) for i, found in enumerate(estimates) if found}
-  if metric["better"] == "none" or len(values) < 2:
+  if metric["better"] == "none" or not values:
     return set()
   cost = {
     "ideal": lambda value: round(abs(value - metric["ideal"]), 6),
@@ -94,15 +94,17 @@ def best(estimates: list[read.Estimate | None], metric: Mapping) -> set[int]:
     "lower": lambda value: value,
   }[metric["better"]]
   least = min(map(cost, values.values()))
-  return {i for i, value in values.items() if cost(value) == least}
+  winners = {i for i, value in values.items() if cost(value) == least}
+  return winners if len(winners) < len(values) else set()
 
 
-def notes(results: Mapping) -> list[str]:
+def notes(results: Mapping, mark: str = "Bold") -> list[str]:
   """What a reader must know beside the numbers: intervals, seeds, marking, and why something is missing."""
   seeds = len(results["seeds"])
-  said = [f"Values are means over {seeds} seed{'s' * (seeds != 1)}; in brackets: {results['interval']}."]
+  values = "Values come from 1 seed" if seeds == 1 else f"Values are means over {seeds} seeds"
+  said = [f"{values}; in brackets: {results['interval']}."]
   if len(read.trained(results)) > 1:
-    said.append("Bold (* in the terminal): best of the trained variants as printed, ties included; not a test.")
+    said.append(f"{mark}: the best trained variant in that column as printed, ties included; not a significance test.")
   for row in read.rows(results):
     if row.get("failed"):
       said.append(f"{read.label(row)} failed: {row['failed']}.".replace("..", "."))
@@ -156,7 +158,8 @@ class _Fitted:
         used = names
       bands[-1].append(column)
       used += width
-    for band in bands:
+    for index, band in enumerate(bands):
+      yield from [""] * (index > 0)
       yield self._band(band, names)
 
   def _band(self, columns: list[Column], names: int) -> RichTable:
@@ -179,4 +182,4 @@ def terminal(results: Mapping) -> Group:
   blocks = [Text(str(results["title"]), style="bold")]
   for table in tables(results):
     blocks += [Text(f"\n{table.title}", style="italic"), _Fitted(table)]
-  return Group(*blocks, Text(), *(Text(note, style="dim") for note in notes(results)))
+  return Group(*blocks, Text(), *(Text(note, style="dim") for note in notes(results, "*")))

@@ -1,0 +1,1 @@
+"""Training: which texts a step reads, the step itself, the loop around it, checkpoints, the reference cache."""
