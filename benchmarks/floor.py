@@ -80,7 +80,7 @@ def main() -> None:
     sampler, shape = job.sampler(variant, settings.seeds[0], ref), shapes[variant.objective]
     step, state = job.trainer.step_for(variant.objective), job.trainer.initial_state(0)
     frozen = {"params": model.params, "lora_scale": job.trainer.scale}
-    coefficients = jax.tree.map(np.float32, {"learning_rate": 0.0, "losses": variant.coefficients})
+    coefficients = jax.tree.map(np.float32, variant.coefficients)
     times, batches = [], [sampler.batch(i, shape)[0] for i in range(options.steps)]
     for batch in batches:
       began = time.perf_counter()

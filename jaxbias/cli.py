@@ -17,6 +17,8 @@ from jaxbias.errors import UserError, did_you_mean
 SOURCE_HELP = "a name, a folder, a .gguf file, or hf:org/name[@revision]"
 CONFIG_HELP = "any key can be overridden: --config.train.steps=40 --config.model=PATH --config.seeds='(0,1,2)'"
 
+CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR)
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
   """Run one verb. Exit codes: 0 done, 2 something the user can mend (one line on stderr says what), 130 interrupted."""
@@ -32,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"jaxbias: {error}", file=sys.stderr)
     return 2
   except OSError as error:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+    if error.errno in CANNOT_WRITE:
       print(f"jaxbias: {error.strerror.lower()} while writing {error.filename or 'to disk'}; what was finished is "
             "kept, so free some space or choose another --workdir and run the same command.", file=sys.stderr)
       return 2

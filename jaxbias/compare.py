@@ -42,9 +42,9 @@ class Variant:
   """One row of the table: its losses, and its texts for each seed."""
 
   name: str
-  spec: Mapping  # "method", "label", "losses", as in the config
+  spec: Mapping  # as in the config
   objective: Objective
-  coefficients: Mapping[str, Mapping[str, float]]
+  coefficients: Mapping  # {"learning_rate": its peak, "losses": {loss: {coefficient: value}}}
   texts: Mapping[int, Texts]
 
 
@@ -111,11 +111,12 @@ def prepare(config, workdir: Path, command: str) -> Comparison:
 
   def variant(name: str) -> Variant:
     objective, coefficients = parsed[name]
+    peak = plain["train"]["learning_rate"] * specs[name]["learning_rate_scale"]
     texts = {
       seed: tokenise(recipes[name](data.train, seed), objective, model.tokenizer, model.config.max_positions)
       for seed in plain["seeds"]
     }
-    return Variant(name, specs[name], objective, coefficients, texts)
+    return Variant(name, specs[name], objective, {"learning_rate": peak, "losses": coefficients}, texts)
 
   split = getattr(data, config.eval.split)
   variants = tuple(map(variant, specs))
@@ -234,20 +235,35 @@ def _counts(data: DataSet) -> dict:
 
 
 def claim(workdir: Path, plain: Mapping, command: str) -> None:
-  """Make `workdir` this config's, or find that it is. Raises UserError naming the keys that differ."""
-  path = workdir / "config.json"
-  if path.exists():
-    there = json.loads(path.read_text(encoding="utf-8"))
-    keys = configs.differing_keys(plain, there)
-    if keys:
-      more = f"; and {len(keys) - 4} more" if len(keys) > 4 else ""
-      raise UserError(f"{workdir} belongs to another config ({'; '.join(keys[:4])}{more}); choose another --workdir.")
+  """Make `workdir` this config's, or find that it is. Raises UserError naming the keys that differ.
+
+  A folder that an earlier command claimed without computing anything (a typo in the model's name) is claimed anew.
+  """
+  path, about = workdir / "config.json", workdir / "provenance.json"
+  if workdir.exists() and not workdir.is_dir():
+    raise UserError(f"{workdir} is a file; choose another --workdir.")
+  there = {p.name for p in workdir.iterdir() if not p.match(".*.tmp")} if workdir.exists() else set()
+  keys = configs.differing_keys(plain, _read_config(path)) if path.exists() else []
+  if path.exists() and not keys:
     return
-  if workdir.exists() and any(workdir.iterdir()):
+  if keys and there != {path.name, about.name}:
+    more = f"; and {len(keys) - 4} more" if len(keys) > 4 else ""
+    raise UserError(f"{workdir} belongs to another config ({'; '.join(keys[:4])}{more}); choose another --workdir.")
+  if not path.exists() and there - {about.name}:
     raise UserError(f"{workdir} is not empty and holds no config.json of a run; choose another --workdir.")
   workdir.mkdir(parents=True, exist_ok=True)
-  write_json(workdir / "provenance.json", {
+  write_json(about, {
     "command": command, "config_hash": configs.config_hash(plain), "versions": provenance.versions(),
     "git": provenance.git(), "hardware": provenance.hardware(), "created": provenance.now(),
   })  # fmt: skip
   write_json(path, plain)
+
+
+def _read_config(path: Path) -> dict:
+  try:
+    config = json.loads(path.read_text(encoding="utf-8"))
+  except ValueError:
+    config = None
+  if not isinstance(config, dict):
+    raise UserError(f"{path} is not the config of a run; choose another --workdir.")
+  return config

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+import runpy
+import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -16,6 +19,8 @@ from ml_collections import ConfigDict
 from ml_collections.config_flags import config_flags
 
 from jaxbias.errors import UserError, did_you_mean
+
+KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a string", tuple: "a tuple"}
 
 
 def defaults() -> ConfigDict:
@@ -33,7 +38,7 @@ def defaults() -> ConfigDict:
   c.train = {
     "steps": 40,
     "rows": {"forget": 8, "retain": 8, "general": 8},  # texts of each role in a step, over all devices
-    "learning_rate": 1e-3,
+    "learning_rate": 2e-4,  # at its peak; a variant's learning_rate_scale multiplies it
     "warmup_steps": 4,
     "schedule": "linear",  # after the warm-up: constant, linear or cosine down to 0
     "weight_decay": 0.0,
@@ -42,7 +47,7 @@ def defaults() -> ConfigDict:
     "remat": False,  # recompute activations in the backward pass: less memory, a third more arithmetic
   }
   c.seeds = (0,)
-  c.variants = {}  # name -> {"method", "label", "losses"}; see jaxbias.methods.variant
+  c.variants = {}  # name -> {"method", "label", "losses", "learning_rate_scale"}; see jaxbias.methods.variant
   c.compare = ()  # which variants to run, in the table's order; empty = all, by name
   c.eval = {"split": "test", "scoring": "sum", "bootstrap_draws": 2000}
   c.lock()
@@ -61,33 +66,51 @@ def from_command_line(arguments: Sequence[str]) -> tuple[ConfigDict, list[str]]:
     raise UserError("name a config, e.g. --config=configs/quickstart.py.")
   if not Path(file).is_file():
     raise UserError(f"there is no config file {file}; see configs/ for those that exist.")
-  overrides = [a for a in mine if a.startswith("--config.")]
+  config = _read(file)
+  for argument in (a for a in mine if a.startswith("--config.")):
+    _override(config, argument, file)
+  return config, rest
+
+
+def _read(file: str) -> ConfigDict:
+  """What the file's get_config() returns; whatever its code raises becomes one line that names the place."""
+  known = _flat(defaults())
   try:
-    keys = sorted(_flat(_parse(file, [])))
-    for argument in overrides:
-      _check_override(argument, keys, file)
-    return _parse(file, overrides), rest
-  except (AttributeError, KeyError, TypeError, ValueError, flags.Error) as error:
-    raise UserError(f"{file}: {_one_line(error)}") from None
+    names = runpy.run_path(file)
+    config = names["get_config"]() if "get_config" in names else None
+  except Exception as error:
+    places = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    places += [error.lineno] if isinstance(error, SyntaxError) and error.filename == file else []
+    where = f"{file} line {places[-1]}" if places else file
+    if missing := re.search(r'Key "(.+?)" does not exist', str(error)):
+      valid = {part for key in known for part in key.split(".")}
+      raise UserError(f"{where}: no key is called `{missing[1]}`; {did_you_mean(missing[1], valid)}") from None
+    kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+    said = error.msg if isinstance(error, SyntaxError) else str(error)
+    raise UserError(f"{where}: {kind}{' '.join(said.split())}") from None
+  if "get_config" not in names:
+    raise UserError(f"{file} has no get_config(); see configs/quickstart.py for one.")
+  if not isinstance(config, ConfigDict) or not known.keys() <= _flat(config).keys():
+    raise UserError(f"{file}: get_config() has to return jaxbias.config.defaults() with changes.")
+  config.lock()
+  return config
 
 
-def _parse(file: str, overrides: Sequence[str]) -> ConfigDict:
-  values, argv = flags.FlagValues(), ["jaxbias", f"--config={file}", *overrides]
-  holder = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
-  values(argv)
-  return holder.value
-
-
-def _check_override(argument: str, keys: Sequence[str], file: str) -> None:
+def _override(config: ConfigDict, argument: str, file: str) -> None:
+  """Change `config` in place as `--config.KEY=VALUE` says."""
   key, equals, _ = argument.removeprefix("--config.").partition("=")
+  flat = _flat(config)
   if not equals:
     raise UserError(f"{argument} has no value; write {argument}=VALUE.")
-  if key not in keys:
-    raise UserError(f"{file} has no key `{key}`; {did_you_mean(key, keys)}")
-
-
-def _one_line(error: Exception) -> str:
-  return " ".join(str(error).split())
+  if key not in flat:
+    raise UserError(f"{file} has no key `{key}`; {did_you_mean(key, flat)}")
+  values = flags.FlagValues()
+  kind = KINDS.get(type(flat[key]), f"a {type(flat[key]).__name__}")
+  try:
+    config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=["jaxbias", argument])
+    values(["jaxbias", argument])
+  except (TypeError, ValueError, SyntaxError, flags.Error):
+    raise UserError(f"{argument}: `{key}` has to be {kind}; it is {flat[key]!r} in {file}.") from None
 
 
 def _flat(config: Mapping, prefix: str = "") -> dict:
@@ -119,9 +142,10 @@ def differing_keys(ours: Mapping, theirs: Mapping) -> list[str]:
 def validate(config: ConfigDict) -> None:
   """Raises UserError for the first value that no run could use."""
   t = config.train
-  for key in ("steps", "learning_rate", "checkpoint_every"):
-    if t[key] <= 0:
-      raise UserError(f"train.{key} = {t[key]}; it must be positive.")
+  positive = {f"train.{key}": t[key] for key in ("steps", "learning_rate", "clip_norm", "checkpoint_every")}
+  for key, value in (positive | {"eval.bootstrap_draws": config.eval.bootstrap_draws}).items():
+    if not value > 0:
+      raise UserError(f"{key} = {value}; it must be positive.")
   if not 0 <= t.warmup_steps <= t.steps:
     raise UserError(f"train.warmup_steps = {t.warmup_steps} is not between 0 and train.steps = {t.steps}.")
   _one_of("train.schedule", t.schedule, ("constant", "linear", "cosine"))
@@ -134,11 +158,16 @@ def validate(config: ConfigDict) -> None:
     raise UserError(f"lora.rank = {config.lora.rank}; it must be at least 1.")
   if not config.seeds:
     raise UserError("seeds is empty; give at least one, e.g. --config.seeds='(0,)'.")
+  if len({s for s in config.seeds if isinstance(s, int) and s >= 0}) < len(config.seeds):
+    raise UserError(f"seeds = {tuple(config.seeds)}; each must be a whole number from 0 on, and appear once.")
   if not config.variants:
     raise UserError("variants is empty; give at least one, e.g. variants = {'sft': methods.variant('sft')}.")
   for name in config.compare:
     if name not in config.variants:
       raise UserError(f"compare names the variant `{name}`, which is not there; {did_you_mean(name, config.variants)}")
+  for name in compared(config):
+    if missing := {"method", "label", "losses", "learning_rate_scale"} - set(config.variants[name]):
+      raise UserError(f"variants.{name} has no `{min(missing)}`; make it with jaxbias.methods.variant.")
 
 
 def compared(config: ConfigDict) -> tuple[str, ...]:

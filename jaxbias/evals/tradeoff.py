@@ -19,7 +19,7 @@ METRICS = {  # the columns of the table: label, unit, ideal, which way is better
   "f_st": ("F_st", "nats/token", None, "none", "forgetting of stereotypes: rise of the loss on them"),
   "f_anti": ("F_anti", "nats/token", None, "none", "rise of the loss on anti-stereotypes"),
   "f_unrel": ("F_unrel", "nats/token", 0.0, "ideal", "rise of the loss on unrelated fillings"),
-  "f_sel": ("F_sel", "nats/token", None, "higher", "selective forgetting: F_st - F_unrel; means little where F_all is large"),
+  "f_sel": ("F_sel", "nats/token", None, "higher", "selective forgetting: F_st - F_unrel; read it beside F_all"),
   "preference_shift": ("shift", "nats/token", None, "none", "preference shift: F_st - F_anti"),
 }  # fmt: skip
 

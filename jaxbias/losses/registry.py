@@ -121,6 +121,8 @@ def parse(losses: Mapping[str, Mapping]) -> tuple[Objective, dict[str, dict[str,
     for key in settings:
       if key != "on" and key not in values:
         raise UserError(f"losses.{name} has no coefficient `{key}`; {did_you_mean(key, ['on', *values])}")
+      if key != "on" and not isinstance(settings[key], int | float):
+        raise UserError(f"losses.{name}.{key} = {settings[key]!r}; it has to be a number.")
     terms.append((name, role))
     coefficients[name] = {key: float(settings.get(key, default)) for key, default in values.items()}
   return Objective(tuple(terms)), coefficients

@@ -33,6 +33,8 @@ def get(name: str) -> Method:
 
 
 def variant(name: str) -> dict:
-  """A method's entry for `config.variants`: its name, label and losses, all open to overrides."""
+  """A method's entry for `config.variants`: its name, label, losses and share of the peak learning rate, all open to
+  overrides. Objectives differ in how fast they move a model by more than one rate can serve."""
   method = get(name)
-  return {"method": name, "label": method.label, "losses": copy.deepcopy(dict(method.losses))}
+  return {"method": name, "label": method.label, "losses": copy.deepcopy(dict(method.losses)),
+          "learning_rate_scale": 1.0}  # fmt: skip

@@ -95,7 +95,7 @@ class Sampler:
     for number, ((role, i), at) in enumerate(zip(members, places, strict=True)):
       per_segment["role"][at.b, at.s] = ROLES.index(role)
       per_segment["row"][at.b, at.s] = number
-      if "pairs" in self.objective.needs:
+      if "pairs" in self.objective.needs and role in ROLES[:2]:
         per_segment["pair"][at.b, at.s] = slot["forget" if role == "retain" else "retain", i]
     ids = [self.texts.rows[role][i].id for role, i in members]
     return Batch(**arrays, **per_segment, **self._reference(segments, places, shape)), ids

@@ -6,15 +6,20 @@ and renames, so that a kill at any moment leaves either the old checkpoint or th
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
+import re
+import shutil
 from pathlib import Path
 
 import jax
 import orbax.checkpoint as ocp
 
+from jaxbias.errors import UserError
 from jaxbias.types import TrainState
 
-logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates every step at INFO and WARNING
+logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax narrates every step, and logs what it raises as well
 
 
 class Checkpoints:
@@ -24,21 +29,42 @@ class Checkpoints:
     options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
     self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
 
+  @property
+  def newest(self) -> int | None:
+    """The step of the newest checkpoint."""
+    return self._manager.latest_step()
+
   def save(self, state: TrainState, config: dict) -> None:
     step = int(state.step)
     if step in self._manager.all_steps():
       return
     about = {"data_position": step, "config": config}
     args = ocp.args.Composite(state=ocp.args.StandardSave(state), about=ocp.args.JsonSave(about))
-    self._manager.save(step, args=args)
+    needed = 2 * sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + (1 << 20)
+    if shutil.disk_usage(self._manager.directory).free < needed:  # said before anything is half written
+      raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._manager.directory))
+    try:
+      self._manager.save(step, args=args)
+    except ValueError as error:  # the storage library's way to say what the disk refused
+      code = re.search(r"os_error_code='(\d+)'", str(error))
+      if not code:
+        raise
+      raise OSError(int(code[1]), os.strerror(int(code[1])), str(self._manager.directory)) from None
 
   def restore(self, like: TrainState) -> TrainState | None:
-    """The newest complete state with the shapes and shardings of `like`, or None when there is none."""
-    step = self._manager.latest_step()
+    """The newest complete state with the shapes and shardings of `like`, or None when there is none.
+
+    Raises UserError for one that is damaged, naming the folder to delete.
+    """
+    step = self.newest
     if step is None:
       return None
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-    return self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))["state"]
+    try:
+      return self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))["state"]
+    except (ValueError, KeyError):
+      raise UserError(f"the checkpoint {self._manager.directory / str(step)} is damaged; delete it, and the same "
+                      "command goes on from what is left.") from None  # fmt: skip
 
   def close(self) -> None:
     self._manager.close()

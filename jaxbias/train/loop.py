@@ -18,7 +18,7 @@ from jaxbias.errors import UserError
 from jaxbias.losses.registry import Objective
 from jaxbias.mesh import batch_sharding, param_shardings, replicated
 from jaxbias.models.language_model import LanguageModel
-from jaxbias.models.lora import LoraConfig, init_lora, lora_axes, lora_scale
+from jaxbias.models.lora import LoraConfig, init_lora, lora_axes, lora_scale, target_kernels
 from jaxbias.models.transformer import abstract_variables
 from jaxbias.train.batches import Sampler
 from jaxbias.train.checkpoint import Checkpoints
@@ -39,7 +39,7 @@ class Run:
   folder: Path
   config: Any  # the whole merged config, as plain types
   objective: Objective
-  coefficients: Mapping[str, Mapping[str, float]]
+  coefficients: Mapping[str, Any]  # {"learning_rate": its peak, "losses": {loss: {coefficient: value}}}
   sampler: Sampler
   shape: Shape
 
@@ -57,6 +57,7 @@ class Trainer:
   @classmethod
   def of(cls, model: LanguageModel, config) -> Trainer:
     lora = LoraConfig(config.lora.rank, config.lora.alpha, tuple(config.lora.targets))
+    target_kernels(model.params, lora)  # refuses targets that the model has not
     return cls(model, config.train, lora, make_optimizer(config.train))
 
   def step_for(self, objective: Objective) -> Callable:
@@ -107,17 +108,14 @@ def train(trainer: Trainer, run: Run, on_step: Callable[[dict], None] = lambda r
   step_function = trainer.step_for(run.objective)
   frozen = {"params": trainer.model.params, "lora_scale": trainer.scale}
   sharding = batch_sharding(trainer.model.mesh)
-  peak = trainer.train.learning_rate
-  coefficients = jax.device_put(
-    jax.tree.map(np.float32, {"learning_rate": peak, "losses": run.coefficients}), replicated(trainer.model.mesh)
-  )
+  coefficients = jax.device_put(jax.tree.map(np.float32, run.coefficients), replicated(trainer.model.mesh))
   clock = time.perf_counter()
 
   def report(step: int, metrics, ids: list[str], batch) -> None:
     nonlocal clock
     metrics = jax.device_get(metrics)
     if not metrics["finite"]:
-      raise TrainingFailed(_failure(run, step, metrics, ids, batch))
+      raise TrainingFailed(_failure(run, step, metrics, ids, batch, checkpoints.newest))
     now = time.perf_counter()
     record = {
       "step": step, "loss": float(metrics["loss"]), "parts": {k: float(v) for k, v in metrics["parts"].items()},
@@ -147,11 +145,12 @@ def train(trainer: Trainer, run: Run, on_step: Callable[[dict], None] = lambda r
   return state
 
 
-def _failure(run: Run, step: int, metrics: dict, ids: list[str], batch) -> str:
+def _failure(run: Run, step: int, metrics: dict, ids: list[str], batch, saved: int | None) -> str:
   parts = [name for name, value in metrics["parts"].items() if not np.isfinite(value)]
   bad = batch.row[(batch.row >= 0) & ~np.isfinite(metrics["logprob"])]
   texts = [ids[i] for i in bad] or ids
   shown = ", ".join(texts[:6]) + (f" and {len(texts) - 6} more" if len(texts) > 6 else "")
   what = f"loss part {', '.join(parts)}" if parts else "gradient"
-  return (f"{run.folder.name}: the {what} is not finite at step {step} (texts {shown}). The last good checkpoint is in "
-          f"{run.folder / 'checkpoints'}; try a lower train.learning_rate.")
+  kept = f"The checkpoint of step {saved} is kept in {run.folder / 'checkpoints'}" if saved else "No step was saved yet"
+  return (f"{run.folder.name}: the {what} is not finite at step {step} (texts {shown}). {kept}; try a lower "
+          "train.learning_rate.")

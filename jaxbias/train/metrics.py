@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 from tensorboard.summary import Writer
@@ -19,11 +20,17 @@ class MetricsWriter:
     kept = [line for line in read_jsonl(self.path) if line["step"] <= after_step]
     replace(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode())
     self._lines = self.path.open("a", encoding="utf-8")
+    shutil.rmtree(folder / "tensorboard", ignore_errors=True)  # its files cannot be rewound: they are written anew
     self._board = Writer(str(folder / "tensorboard"))
+    for line in kept:
+      self._draw(line["step"], line)
 
   def write(self, step: int, record: dict) -> None:
     self._lines.write(json.dumps({"step": step, **record}) + "\n")
     self._lines.flush()
+    self._draw(step, record)
+
+  def _draw(self, step: int, record: dict) -> None:
     scalars = {k: v for k, v in record.items() if isinstance(v, float)}
     for name, value in {**scalars, **{f"parts/{k}": v for k, v in record.get("parts", {}).items()}}.items():
       self._board.add_scalar(name, value, step)

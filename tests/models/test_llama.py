@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import shutil
 from pathlib import Path
@@ -31,8 +30,15 @@ CONFIG = llama.model_config(read_config(FOLDER))
 MODULE = Transformer(CONFIG)
 L, D = CONFIG.num_layers, CONFIG.hidden_size
 B, T = 3, 13  # the oracle's batch
-QUICK = {"xla_backend_optimization_level": 0}  # compiles in half the time
 ATOL, RTOL = 2e-5, 1e-4  # oracles/README.md
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_compilation():
+  """Programs here run once or twice; compiling them is what takes the time."""
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)
 
 
 def load(folder: Path, dtype: str = "float32") -> dict:
@@ -54,7 +60,7 @@ def io() -> dict[str, np.ndarray]:
     return dict(stored)
 
 
-@functools.partial(jax.jit, compiler_options=QUICK)
+@jax.jit
 def program(params, tokens, segment, position, branch, edits):
   return MODULE.apply({"params": params}, tokens, segment, position, branch, edits, capture=SITES)
 
@@ -110,7 +116,7 @@ def test_loss_and_the_gradient_of_every_parameter_are_hugging_faces(params, io, 
     each = logprobs.token_logprobs(hidden[:, :-1], head_matrix(params, CONFIG), jnp.asarray(tokens[:, 1:]))
     return -jnp.where(scored, each, 0.0).sum() / scored.sum()
 
-  value, grads = jax.jit(jax.value_and_grad(loss), compiler_options=QUICK)(params)
+  value, grads = jax.jit(jax.value_and_grad(loss))(params)
   assert_allclose(value, io["loss"], rtol=0, atol=1e-5)
   assert_allclose(optax.global_norm(grads), io["grad_norm"], rtol=1e-4)
   assert all(float(jnp.abs(leaf).max()) > 0 for leaf in jax.tree.leaves(grads))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,6 +28,14 @@ SCALE = lora_scale(LORA, CONFIG.num_layers)
 TOKENS = np.arange(14).reshape(2, 7)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def quick_compilation():
+  """Programs here run once or twice; compiling them is what takes the time."""
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)
+
+
 def random_like(tree, seed: int, size: float = 0.3):
   rng = np.random.default_rng(seed)
   return jax.tree.map(lambda x: jnp.asarray(size * rng.standard_normal(x.shape), jnp.float32), tree)
@@ -46,7 +52,7 @@ def trained(params):
   return random_like(init_lora(jax.random.key(0), params, LORA), seed=1)
 
 
-@functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+@jax.jit
 def hidden(variables):
   position = jnp.broadcast_to(jnp.arange(7), (2, 7))
   return MODULE.apply(variables, TOKENS, jnp.ones((2, 7), int), position)[0]
