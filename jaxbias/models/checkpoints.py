@@ -21,14 +21,21 @@ from jaxbias.models.families import family_of
 
 
 def read_config(folder: Path) -> dict:
-  """config.json of a model folder. Raises UserError when it is missing or not JSON."""
+  """config.json of a model folder. Raises UserError when it is missing or not a JSON object."""
   path = folder / "config.json"
+  if not path.exists():
+    raise UserError(f"{folder} has no config.json; a model folder holds config.json and *.safetensors.")
+  return _json_object(path)
+
+
+def _json_object(path: Path) -> dict:
   try:
-    return json.loads(path.read_text(encoding="utf-8"))
-  except FileNotFoundError:
-    raise UserError(f"{folder} has no config.json; a model folder holds config.json and *.safetensors.") from None
-  except (json.JSONDecodeError, UnicodeDecodeError) as error:
-    raise UserError(f"{path} is not JSON ({error}).") from None
+    value = json.loads(path.read_text(encoding="utf-8"))
+  except ValueError as error:
+    raise UserError(f"{path} is not JSON ({error}); fetch the model again.") from None
+  if not isinstance(value, dict):
+    raise UserError(f"{path} is not a JSON object; fetch the model again.")
+  return value
 
 
 class TensorFiles:
@@ -38,7 +45,10 @@ class TensorFiles:
     self.folder = folder
     index = folder / "model.safetensors.index.json"
     if index.exists():
-      files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+      where = _json_object(index).get("weight_map")
+      if not isinstance(where, dict):
+        raise UserError(f"{index} has no `weight_map`; fetch the model again.")
+      files = sorted(set(where.values()))
     else:
       files = ["model.safetensors"]
     self.where = {}

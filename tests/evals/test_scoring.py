@@ -109,7 +109,7 @@ def test_scores_are_those_of_one_text_at_a_time(tiny, expected):
   assert len({round(s, 2) for pairs in found.values() for s, _ in pairs}) > len(ROWS), "the model tells texts apart"
 
 
-@pytest.mark.parametrize("order", [slice(None, None, -1), slice(0, 7), slice(3, 4), slice(None, None, 3)])
+@pytest.mark.parametrize("order", [slice(None, None, -1), slice(3, 4), slice(None, None, 3)])
 def test_scores_do_not_depend_on_the_other_rows_or_on_their_order(tiny, expected, order):
   assert_same(score(tiny, ROWS[order]), {row.id: expected[row.id] for row in ROWS[order]})
 

@@ -16,6 +16,7 @@ import jax
 import pytest
 
 from jaxbias import cli, files
+from jaxbias import config as configs
 from jaxbias.models import sources
 from tests.train import Workplace, lines, read, tiny_model
 
@@ -158,7 +159,7 @@ def test_a_split_that_is_empty(compare, tmp_path):
   races = {"train": ["cat", "cow", "bat"], "valid": ["rat", "hat", "mat"], "test": []}
   split.write_text(json.dumps({"domains": {"gender": genders, "race": races}}))
   assert compare(f"--config.data.split_file={split}") == f"{split}: the test split is empty."
-  genders["test"] = ["nobody"]
+  genders["test"], races["test"] = ["nobody"], [races["train"].pop()]
   split.write_text(json.dumps({"domains": {"gender": genders, "race": races}}))
   said = compare(f"--config.data.split_file={split}")
   assert said == f"{split}: the test split of gender is empty: none of its 1 terms is in the data."
@@ -188,17 +189,10 @@ def test_a_text_longer_than_the_context(refused, compare, tiny, tmp_path):
 def mine(tiny, tmp_path) -> Path:
   """A work folder of the tiny config, with something computed in it."""
   workdir = tmp_path / "mine"
-  (workdir / "base").mkdir(parents=True)
-  plain = cli._config(cli._parser().parse_args(["compare", "--config", str(tiny.config), "--workdir", "."]), [])
-  files.write_json(workdir / "config.json", cli_dict(plain))
+  config = configs.from_command_line([f"--config={tiny.config}"])[0]
+  files.write_json(workdir / "config.json", configs.to_dict(config))
   files.write_json(workdir / "base" / "evaluation.json", {"scores": {}})
   return workdir
-
-
-def cli_dict(config) -> dict:
-  from jaxbias.config import to_dict
-
-  return to_dict(config)
 
 
 def test_a_work_folder_of_another_config(compare, mine):
@@ -290,7 +284,7 @@ def test_a_read_only_work_folder(compare, tmp_path):
    "name one of the config's variants with --variant; choose from npo, sft."),
   (["evaluate", "--benchmark", "stereosett", "--data", "builtin"],
    "there is no benchmark `stereosett`; did you mean `stereoset`?"),
-  (["report", "nowhere"], "there is no nowhere/results.json; `python -m jaxbias compare` writes one when it is done."),
+  (["report", "nowhere"], "there is no nowhere; `python -m jaxbias compare` writes one when it is done."),
 ])  # fmt: skip
 def test_misspelt_on_the_command_line(refused, tiny, tmp_path, monkeypatch, arguments, said):
   monkeypatch.chdir(tmp_path)
@@ -318,7 +312,7 @@ def get_config():
   ("npo", {"losses": {"npo": {"betta": 1.0}}}, "losses.npo has no coefficient `betta`; did you mean `beta`?"),
   ("npo", {"losses": {"npo": {"beta": "much"}}}, "losses.npo.beta = 'much'; it has to be a number."),
   ("npo", {"losses": {"npo": {"on": "forgot"}}}, "losses.npo.on = `forgot` is not a role; did you mean `forget`?"),
-  ("npo", {"losses": {}}, "variants.mine has no `losses`; make it with jaxbias.methods.variant."),
+  ("npo", {"losses": {}}, "`losses` is empty; name at least one, e.g. losses = {{'sft': {{'on': 'retain'}}}}."),
 ])  # fmt: skip
 def test_misspelt_in_a_variant(compare, tiny, tmp_path, method, changes, said):
   config = tmp_path / "mine.py"

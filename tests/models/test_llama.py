@@ -9,7 +9,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
@@ -118,8 +117,9 @@ def test_loss_and_the_gradient_of_every_parameter_are_hugging_faces(params, io, 
 
   value, grads = jax.jit(jax.value_and_grad(loss))(params)
   assert_allclose(value, io["loss"], rtol=0, atol=1e-5)
-  assert_allclose(optax.global_norm(grads), io["grad_norm"], rtol=1e-4)
-  assert all(float(jnp.abs(leaf).max()) > 0 for leaf in jax.tree.leaves(grads))
+  squares = [np.square(leaf, dtype=np.float64).sum() for leaf in jax.tree.leaves(jax.device_get(grads))]
+  assert_allclose(np.sqrt(sum(squares)), io["grad_norm"], rtol=1e-4)
+  assert min(squares) > 0
 
 
 # Edits

@@ -132,7 +132,7 @@ def test_the_low_rank_product_differentiates_as_a_product(shape):
     jnp.asarray(rng.standard_normal(s), jnp.float32) for s in (shape, (4, 2), (2, 6), (*shape[:-1], 6))
   )
   ours, theirs = (
-    jax.value_and_grad(lambda x, a, b, f=f: (f(x, a, b) * weight).sum(), argnums=(0, 1, 2))(x, a, b)
+    jax.jit(jax.value_and_grad(lambda x, a, b, f=f: (f(x, a, b) * weight).sum(), argnums=(0, 1, 2)))(x, a, b)
     for f in (low_rank, lambda x, a, b: (x @ a) @ b)
   )
   jax.tree.map(lambda u, v: assert_allclose(u, v, rtol=1e-5, atol=1e-5), ours, theirs)

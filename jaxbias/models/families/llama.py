@@ -22,14 +22,17 @@ NAMES = {
   **{f"layers/mlp/{x}/bias": f"model.layers.{{}}.mlp.{x}_proj.bias" for x in ("gate", "up", "down")},
 }
 
+REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 IGNORED_TENSORS = ("rotary_emb.inv_freq",)  # recomputed, and the same in every checkpoint that carries it
 
 
 def model_config(hf: Mapping) -> ModelConfig:
   """ModelConfig from a config.json, today's layout (`rope_parameters`) or the older one (`rope_theta`).
 
-  Raises UserError for a setting that would change the result and is not supported.
+  Raises UserError for a size that is missing, and for a setting that would change the result and is not supported.
   """
+  if missing := [key for key in REQUIRED if not isinstance(hf.get(key), int)]:
+    raise UserError(f"config.json has no whole number for {', '.join(f'`{key}`' for key in missing)}.")
   rope = dict(hf.get("rope_parameters") or {})
   rope.setdefault("rope_theta", hf.get("rope_theta", 10000.0))
   scaling = rope.get("rope_type") or (hf.get("rope_scaling") or {}).get("rope_type")
