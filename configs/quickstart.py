@@ -14,7 +14,7 @@ def get_config():
   c.compare = ("sft", "ga", "npo", "dpo", "biasunlearn")
   c.train.steps = 20
   c.train.warmup_steps = 2
-  c.train.rows.general = 4
+  c.train.rows = {"forget": 6, "retain": 6, "general": 3}
   c.train.learning_rate = 3e-4
   with c.unlocked():
     c.variants = {name: methods.variant(name) for name in c.compare}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import errno
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -150,7 +151,7 @@ def _run(config, workdir: Path) -> None:
   from jaxbias.report.tables import terminal
   from jaxbias.report.write import write
 
-  command = f"python -m jaxbias {' '.join(sys.argv[1:])}"
+  command = f"python -m jaxbias {shlex.join(sys.argv[1:])}"
   results = compare(config, workdir, command)
   page = write(workdir)
   _print(terminal(results))

@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from types import TracebackType
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 
 QUIET_SECONDS = 15.0  # between lines when there is no terminal
+
+
+class _Bars(Progress):
+  """Bars with a line below them, so that a long note takes no room from the time that is left."""
+
+  note = ""
+
+  def get_renderables(self) -> Iterable[RenderableType]:
+    yield from super().get_renderables()
+    yield Text(f"  {self.note}", style="dim", no_wrap=True, overflow="ellipsis")
 
 
 class Tracker:
@@ -20,10 +32,10 @@ class Tracker:
   def __init__(self, job: str, total_cost: float):
     self._console = Console(stderr=True, soft_wrap=True)
     self._live = self._console.is_terminal
-    self._bars = Progress(
+    self._bars = _Bars(
       TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(),
-      TextColumn("left"), TimeRemainingColumn(elapsed_when_finished=True), console=self._console,
-      disable=not self._live, speed_estimate_period=120,
+      TextColumn("left"), TimeRemainingColumn(), console=self._console, disable=not self._live,
+      speed_estimate_period=120,
     )  # fmt: skip
     self._total_cost, self._done_cost = total_cost, 0.0
     self._whole = self._bars.add_task(f"[bold]{job}", total=100)
@@ -41,6 +53,7 @@ class Tracker:
   def phase(self, name: str, units: int, cost: float) -> None:
     """Begin a phase of `units` steps or texts that costs `cost` tokens in all."""
     self._name, self._units, self._done, self._cost_each = name, units, 0, cost / max(units, 1)
+    self._bars.note = ""
     self._bars.reset(self._phase, total=units, description=f"  {name}", visible=True)
     self._say(name, force=True)
 
@@ -52,7 +65,8 @@ class Tracker:
     """`done` units of the phase are done, whether in this process or in one before it."""
     self._done_cost += (done - self._done) * self._cost_each
     self._done = done
-    self._bars.update(self._phase, completed=self._done, description=f"  {self._name}  {note}")
+    self._bars.note = note
+    self._bars.update(self._phase, completed=self._done)
     self._bars.update(self._whole, completed=round(100 * self._done_cost / self._total_cost))
     self._say(f"{self._name}: {self._done}/{self._units}  {note}")
 

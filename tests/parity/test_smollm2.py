@@ -67,7 +67,7 @@ def test_all_of_stereoset_scores_as_the_oracle(ours, oracle):
   assert ours.keys() == oracle.keys() and len(ours) == 2106
   assert [[n for _, n in ours[key]] for key in oracle] == [[n for _, n in oracle[key]] for key in oracle]
   difference = np.abs([[a - b for (a, _), (b, _) in zip(ours[key], oracle[key], strict=True)] for key in oracle])
-  print(f"\n{difference.size:,} texts: largest difference {difference.max():.2e} nats, median {np.median(difference):.2e}")
+  print(f"\n{difference.size:,} texts: at most {difference.max():.2e} nats apart, median {np.median(difference):.2e}")
   assert difference.max() <= TOLERANCE
 
 
@@ -77,8 +77,9 @@ def test_the_figures_are_those_of_the_oracle(ours, oracle, scoring):
   """SS, LMS and ICAT to the last digit that the oracle gives; where two sentences tie, its order is taken."""
   triples = sources.stereoset_triples(DATA)
   found, theirs = (stereoset.sentence_scores(triples, scores, scoring) for scores in (ours, oracle))
-  tied_E = np.abs(theirs - np.roll(theirs, 1, axis=1)).min(axis=1) < 2 * TOLERANCE
-  assert tied_E.mean() < 0.02
+  fewest_E = np.array([min(n for _, n in oracle[triple.id]) if scoring == "token_mean" else 1 for triple in triples])
+  tied_E = np.abs(theirs - np.roll(theirs, 1, axis=1)).min(axis=1) < 2 * TOLERANCE / fewest_E
+  assert tied_E.mean() < 0.01
   print(f"\n{scoring}: {tied_E.sum()} of {len(triples):,} triples have a tie")
   estimates = stereoset.reduce(triples, np.where(tied_E[:, None], theirs, found), draws=50).estimates
   expected = json.loads((ORACLE / "stereoset_intra.metrics.json").read_text())
