@@ -6,11 +6,14 @@ and renames, so that a kill at any moment leaves either the old checkpoint or th
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
 import re
 import shutil
+import signal
+import threading
 from pathlib import Path
 
 import jax
@@ -20,6 +23,22 @@ from jaxbias.errors import UserError
 from jaxbias.types import TrainState
 
 logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax narrates every step, and logs what it raises as well
+
+
+@contextlib.contextmanager
+def _uninterrupted():
+  """Ctrl-C waits for the end of a save: in its midst it would strand the storage library's threads, which complain."""
+  if threading.current_thread() is not threading.main_thread():  # others hear no signals, and may not ask for them
+    yield
+    return
+  heard = []
+  before = signal.signal(signal.SIGINT, lambda *_: heard.append(True)) or signal.SIG_DFL
+  try:
+    yield
+  finally:
+    signal.signal(signal.SIGINT, before)
+    if heard:
+      signal.raise_signal(signal.SIGINT)
 
 
 class Checkpoints:
@@ -44,7 +63,8 @@ class Checkpoints:
     if shutil.disk_usage(self._manager.directory).free < needed:  # said before anything is half written
       raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._manager.directory))
     try:
-      self._manager.save(step, args=args)
+      with _uninterrupted():
+        self._manager.save(step, args=args)
     except ValueError as error:  # the storage library's way to say what the disk refused
       code = re.search(r"os_error_code='(\d+)'", str(error))
       if not code:

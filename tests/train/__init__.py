@@ -27,7 +27,7 @@ def get_config():
   c.model = {model!r}
   c.data.source = {data!r}
   c.lora.rank, c.lora.targets = 2, ("q", "down")
-  c.train.steps, c.train.warmup_steps, c.train.checkpoint_every = 6, 1, 2
+  c.train.steps, c.train.warmup_steps, c.train.checkpoint_every = 6, 1, 3
   c.train.rows = {{"forget": 4, "retain": 4, "general": 2}}
   c.train.learning_rate = 1e-2
   c.eval.bootstrap_draws = 50
@@ -133,11 +133,11 @@ def lines(path: Path) -> list[dict]:
   return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-TIMES = ("seconds", "wall_seconds", "created", "command")
+TIMES = ("seconds", "wall_seconds", "created", "command", "git")
 
 
 def untimed(value):
-  """A JSON value without what a clock or the command line put there."""
+  """A JSON value without what the clock, the command line or a commit meanwhile put there."""
   if isinstance(value, dict):
     return {key: untimed(inner) for key, inner in value.items() if key not in TIMES}
   return [untimed(inner) for inner in value] if isinstance(value, list) else value

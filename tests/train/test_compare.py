@@ -42,7 +42,7 @@ def test_everything_promised_is_written(workdir):
   for name in RUNS:
     inside = {p.name for p in (workdir / name).iterdir()}
     assert inside == {"metrics.jsonl", "tensorboard", "evaluation.json", "checkpoints"}
-    assert {p.name for p in (workdir / name / "checkpoints").iterdir()} == {"4", "6"}
+    assert {p.name for p in (workdir / name / "checkpoints").iterdir()} == {"3", "6"}
   page = (workdir / "report.html").read_text()
   assert "<svg" in page and "SFT on anti-stereotypes" in page and "src=\"http" not in page
 
