@@ -66,10 +66,10 @@ def _scored(model: LanguageModel, rows: Sequence[Choice]) -> Scores:
 
 
 def _table(title: str, found: dict) -> Table:
-  table = Table(title=title, caption="[low, high]: 95 % bootstrap over target terms", title_justify="left")
+  table = Table(title=title, caption="in brackets: 95 % bootstrap over target terms", title_justify="left")
   for column in ("scoring", "domain", "SS % -> 50", "LMS % up", "ICAT % up"):
     table.add_column(column, justify="left" if column in ("scoring", "domain") else "right")
-  show = lambda e: f"{e.value:.2f}" + (f" [{e.low:.1f}, {e.high:.1f}]" if e.low is not None else "")
+  show = lambda e: f"{e.value:.2f}" + (rf" \[{e.low:.1f}, {e.high:.1f}]" if e.low is not None else "")
   for scoring, groups in found.items():
     for group, estimates in groups.items():
       table.add_row(scoring, group, *(show(estimates[name]) for name in ("ss", "lms", "icat")))
