@@ -172,7 +172,7 @@ def test_a_batch_is_a_function_of_seed_and_step(job):
   assert all(name.endswith("/anti-stereotype") for name in ids)
 
 
-def test_train_runs_one_variant(tiny, workdir, tmp_path):
+def test_train_runs_one_variant(tiny, workdir, job, tmp_path, monkeypatch, capsys):
   """`train --variant` gives the numbers of the comparison, in a folder of its own."""
   (tmp_path / "one").mkdir()
   for name in ("base", "sft-seed0", "sft-seed1"):  # what is there is not computed again: only the table is
@@ -180,7 +180,9 @@ def test_train_runs_one_variant(tiny, workdir, tmp_path):
   config = read(workdir / "config.json") | {"compare": ["sft"]}
   (tmp_path / "one" / "config.json").write_text(json.dumps(config))
   shutil.copy(workdir / "provenance.json", tmp_path / "one")
-  done = tiny.run("train", "--config", tiny.config, "--variant", "sft", "--workdir", tmp_path / "one")
-  assert done.returncode == 0, done.stderr
+  monkeypatch.setenv("JAXBIAS_CACHE", str(tiny.cache))
+  arguments = ["--config", str(tiny.config), "--variant", "sft", "--workdir", str(tmp_path / "one")]
+  assert cli.main(["train", *arguments]) == 0
+  assert f"report: {tmp_path / 'one' / 'report.html'}" in capsys.readouterr().out
   rows = read(tmp_path / "one" / "results.json")["rows"]
   assert untimed(rows) == untimed(read(workdir / "results.json")["rows"][:2])
