@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+MASK, OTHER = "[MASK]", "[OTHER]"  # the places of a Cloze; what the tokenizer calls them is the scorer's business
 LABELS = ("stereotype", "anti-stereotype", "unrelated")
 
 
@@ -45,11 +46,59 @@ class Text:
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-  """A row to be scored: every option is read after the same context (which may be empty)."""
+  """A row to be scored: every option is read after the same context (which may be empty).
+
+  `span` says which of an option's tokens count: "all" of them, those that two options have in common ("shared") or
+  those in which they differ ("different"); found by difflib's SequenceMatcher on token ids, as CrowS-Pairs does.
+  """
 
   id: str
   context: str
   options: tuple[str, ...]
+  span: str = "all"
+
+
+@dataclasses.dataclass(frozen=True)
+class Cloze:
+  """A sentence that a masked model completes. `text` holds MASK where an option goes, once or several times.
+
+  An option of k pieces is scored by `pieces`: "one" asks a single MASK for its first piece; "each" writes k MASKs and
+  asks each for its piece; "growing" asks k times for the next piece behind those before it (StereoSet's way), and
+  then the answer is the log of the mean probability. Other MASKs, spelled OTHER, stay masked and are not asked.
+  """
+
+  id: str
+  text: str
+  options: tuple[str, ...]
+  pieces: str = "each"
+
+
+@dataclasses.dataclass(frozen=True)
+class Running:
+  """Running text, scored whole in rolling windows of the model's size.
+
+  `window` and `stride` in tokens (0: the model's window; stride = window, disjoint). `prefixed`: the first token is
+  predicted from the start token, too; otherwise it is context only.
+  """
+
+  id: str
+  text: str
+  window: int = 0
+  stride: int = 0
+  prefixed: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+  """A text to be continued: `samples` continuations of at most `max_tokens` tokens. temperature 0 is greedy."""
+
+  id: str
+  text: str
+  max_tokens: int
+  samples: int = 1
+  temperature: float = 0.0
+  top_p: float = 1.0
+  stop: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
