@@ -13,12 +13,13 @@ import logging
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from jaxbias.data.fields import File, field, json_file, json_lines, string, unique
 from jaxbias.data.rows import LABELS, Choice, DataSet, Split, Text, Triple
 from jaxbias.errors import UserError, did_you_mean
 
@@ -26,7 +27,6 @@ BLANK = "BLANK"
 DOMAINS = ("gender", "profession", "race", "religion")
 SPLITS = ("train", "validation", "test")
 
-File = str | os.PathLike[str] | Traversable
 TermSplit = dict[str, dict[str, list[str]]]  # domain -> split -> target terms
 Row = TypeVar("Row")
 
@@ -64,23 +64,23 @@ def read_folder(folder: Traversable, name: str) -> DataSet:
   triples.jsonl: {"id", "domain", "term", "context" with BLANK once, and a filling for each of `LABELS`};
   texts.jsonl: {"id", "text"}; splits.json: {"triples": {domain: {split: [terms]}}, "texts": {split: [ids]}}.
   """
-  triples = _unique(_json_lines(folder / "triples.jsonl"), _filled_triple)
-  texts = _unique(_json_lines(folder / "texts.jsonl"),
-                  lambda row, where: Text(_string(row, "id", where), _string(row, "text", where)))
+  triples = unique(json_lines(folder / "triples.jsonl"), _filled_triple)
+  texts = unique(json_lines(folder / "texts.jsonl"),
+                 lambda row, where: Text(string(row, "id", where), string(row, "text", where)))
   where = folder / "splits.json"
-  splits = _json(where)
-  terms = _term_split(_field(splits, "triples", dict, where), where)
-  ids = _names(_field(splits, "texts", dict, where), f"{where}, `texts`")
+  splits = json_file(where)
+  terms = _term_split(field(splits, "triples", dict, where), where)
+  ids = _names(field(splits, "texts", dict, where), f"{where}, `texts`")
   return _data_set(name, _partition_triples(triples, terms, where), _partition(texts, "id", ids, where))
 
 
 def stereoset_triples(path: File) -> list[Triple]:
   """The intrasentence triples of StereoSet's JSON, all of them, in the file's order."""
-  data = _field(_json(path), "data", dict, f"{path} is not StereoSet's JSON")
-  records = _field(data, "intrasentence", list, f"{path} is not StereoSet's JSON, `data`")
+  data = field(json_file(path), "data", dict, f"{path} is not StereoSet's JSON")
+  records = field(data, "intrasentence", list, f"{path} is not StereoSet's JSON, `data`")
   if not records:
     raise UserError(f"{path}: `data.intrasentence` is empty.")
-  return _unique(((f"{path}, data.intrasentence[{i}]", record) for i, record in enumerate(records)), _stereoset_triple)
+  return unique(((f"{path}, data.intrasentence[{i}]", record) for i, record in enumerate(records)), _stereoset_triple)
 
 
 def usable_for_training(triple: Triple) -> bool:
@@ -109,12 +109,12 @@ def hash_split(triples: Iterable[Triple]) -> TermSplit:
 
 def read_split(path: File) -> TermSplit:
   """A split file: {"domains": {domain: {"train": [terms], "valid" or "validation": [...], "test": [...]}}}."""
-  return _term_split(_field(_json(path), "domains", dict, path), path)
+  return _term_split(field(json_file(path), "domains", dict, path), path)
 
 
 def read_choices(path: File) -> list[Choice]:
   """Rows to be scored, one JSON object a line: {"id", "context" (may be empty), "options": [strings]}."""
-  rows = _unique(_json_lines(path), _choice)
+  rows = unique(json_lines(path), _choice)
   if not rows:
     raise UserError(f"{path} holds no rows.")
   return rows
@@ -146,16 +146,16 @@ def prefix_length(context: str, sentences: Sequence[str]) -> int:
 
 
 def _stereoset_triple(record: Any, where: str) -> Triple:
-  identity = _string(record, "id", where)
+  identity = string(record, "id", where)
   where = f"{where} (id {identity})"
-  sentences = _field(record, "sentences", list, where)
-  labels = [_string(sentence, "gold_label", where) for sentence in sentences]
+  sentences = field(record, "sentences", list, where)
+  labels = [string(sentence, "gold_label", where) for sentence in sentences]
   for label in LABELS:
     if labels.count(label) != 1:
       raise UserError(f"{where} has {labels.count(label) or 'no'} sentences labelled `{label}`, one is needed.")
-  texts = tuple(_string(sentences[labels.index(label)], "sentence", where) for label in LABELS)
+  texts = tuple(string(sentences[labels.index(label)], "sentence", where) for label in LABELS)
   context = _context(record, where)
-  return Triple(identity, _domain(_string(record, "bias_type", where), where), _string(record, "target", where),
+  return Triple(identity, _domain(string(record, "bias_type", where), where), string(record, "target", where),
                 context, texts, prefix_length(context, texts))
 
 
@@ -163,20 +163,20 @@ def _filled_triple(row: Any, where: str) -> Triple:
   context = _context(row, where)
   if context.count(BLANK) != 1:
     raise UserError(f"{where}: `context` holds {BLANK} {context.count(BLANK)} times, once is needed.")
-  texts = tuple(context.replace(BLANK, _string(row, label, where)) for label in LABELS)
-  return Triple(_string(row, "id", where), _domain(_string(row, "domain", where), where), _string(row, "term", where),
+  texts = tuple(context.replace(BLANK, string(row, label, where)) for label in LABELS)
+  return Triple(string(row, "id", where), _domain(string(row, "domain", where), where), string(row, "term", where),
                 context, texts, prefix_length(context, texts))
 
 
 def _choice(row: Any, where: str) -> Choice:
-  options = _field(row, "options", list, where)
+  options = field(row, "options", list, where)
   if not options or not all(isinstance(option, str) and option for option in options):
     raise UserError(f"{where}: `options` has to be a list of strings, none of them empty.")
-  return Choice(_string(row, "id", where), _field(row, "context", str, where), tuple(options))
+  return Choice(string(row, "id", where), field(row, "context", str, where), tuple(options))
 
 
 def _context(row: Any, where: str) -> str:
-  context = _string(row, "context", where)
+  context = string(row, "context", where)
   if BLANK not in context:
     raise UserError(f"{where}: `context` holds no {BLANK}.")
   return context
@@ -199,7 +199,7 @@ def _names(splits: Any, where: object) -> dict[str, list[str]]:
   """{split: names}; `valid` is read as `validation`."""
   if isinstance(splits, dict) and "valid" in splits:
     splits = splits | {"validation": splits["valid"]}
-  return {split: _field(splits, split, list, where) for split in SPLITS}
+  return {split: field(splits, split, list, where) for split in SPLITS}
 
 
 def _partition_triples(triples: Sequence[Triple], terms: TermSplit, where: object) -> dict[str, tuple[Triple, ...]]:
@@ -238,73 +238,3 @@ def _data_set(name: str, triples: dict[str, tuple[Triple, ...]], texts: dict[str
   content = {split: dataclasses.asdict(rows) for split, rows in splits.items()}
   canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
   return DataSet(name=name, fingerprint=hashlib.sha256(canonical.encode()).hexdigest(), **splits)
-
-
-# Files and fields.
-
-
-def _text(file: File) -> str:
-  try:
-    content = (Path(file) if isinstance(file, str) else file).read_bytes()
-  except FileNotFoundError:
-    raise UserError(f"{file}: there is no such file.") from None
-  except IsADirectoryError:
-    raise UserError(f"{file} is a folder, a file is needed.") from None
-  except OSError as error:
-    raise UserError(f"{file} cannot be read: {error.strerror}.") from None
-  try:
-    return content.decode("utf-8").removeprefix("\ufeff")
-  except UnicodeDecodeError as error:
-    line = content.count(b"\n", 0, error.start) + 1
-    raise UserError(f"{file} line {line}: not UTF-8.") from None
-
-
-def _parse(text: str, file: File, first_line: int = 1) -> Any:
-  try:
-    return json.loads(text)
-  except json.JSONDecodeError as error:
-    raise UserError(f"{file} line {first_line + error.lineno - 1}: not JSON ({error.msg}).") from None
-
-
-def _json(file: File) -> Any:
-  return _parse(_text(file), file)
-
-
-def _json_lines(file: File) -> Iterable[tuple[str, Any]]:
-  """(place, row) for each line that is not blank."""
-  for number, line in enumerate(_text(file).split("\n"), start=1):
-    if line.strip():
-      yield f"{file} line {number}", _parse(line, file, number)
-
-
-def _unique(records: Iterable[tuple[str, Any]], make: Callable[[Any, str], Row]) -> list[Row]:
-  """A row of each record; their ids are unique, since scores go by id."""
-  rows: list[Row] = []
-  seen: dict[str, str] = {}
-  for where, record in records:
-    rows.append(make(record, where))
-    identity = rows[-1].id
-    if identity in seen:
-      raise UserError(f"{where}: id `{identity}` was already used, see {seen[identity]}.")
-    seen[identity] = where
-  return rows
-
-
-_KINDS = {str: "a string", list: "a list", dict: "an object"}
-
-
-def _field(row: Any, key: str, kind: type, where: object) -> Any:
-  if not isinstance(row, dict):
-    raise UserError(f"{where}: a JSON object with `{key}` is needed.")
-  if key not in row:
-    raise UserError(f"{where}: `{key}` is missing.")
-  if not isinstance(row[key], kind):
-    raise UserError(f"{where}: `{key}` has to be {_KINDS[kind]}.")
-  return row[key]
-
-
-def _string(row: Any, key: str, where: object) -> str:
-  """A string field that is not empty."""
-  if not _field(row, key, str, where).strip():
-    raise UserError(f"{where}: `{key}` is empty.")
-  return row[key]

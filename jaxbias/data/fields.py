@@ -1,0 +1,89 @@
+"""Local files, their records and their fields; whatever is wrong is a `UserError` that names file, place and field."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from jaxbias.errors import UserError
+
+File = str | os.PathLike[str] | Traversable
+Row = TypeVar("Row")
+_KINDS = {str: "a string", list: "a list", dict: "an object"}
+
+
+def text_file(file: File) -> str:
+  """The content of a UTF-8 file, without a byte-order mark."""
+  try:
+    content = (Path(file) if isinstance(file, str) else file).read_bytes()
+  except FileNotFoundError:
+    raise UserError(f"{file}: there is no such file.") from None
+  except IsADirectoryError:
+    raise UserError(f"{file} is a folder, a file is needed.") from None
+  except OSError as error:
+    raise UserError(f"{file} cannot be read: {error.strerror}.") from None
+  try:
+    return content.decode("utf-8").removeprefix("\ufeff")
+  except UnicodeDecodeError as error:
+    line = content.count(b"\n", 0, error.start) + 1
+    raise UserError(f"{file} line {line}: not UTF-8.") from None
+
+
+def _parse(text: str, file: File, first_line: int = 1) -> Any:
+  try:
+    return json.loads(text)
+  except json.JSONDecodeError as error:
+    raise UserError(f"{file} line {first_line + error.lineno - 1}: not JSON ({error.msg}).") from None
+
+
+def json_file(file: File) -> Any:
+  return _parse(text_file(file), file)
+
+
+def json_lines(file: File) -> Iterable[tuple[str, Any]]:
+  """(place, row) for each line that is not blank."""
+  for number, line in enumerate(text_file(file).split("\n"), start=1):
+    if line.strip():
+      yield f"{file} line {number}", _parse(line, file, number)
+
+
+def unique(records: Iterable[tuple[str, Any]], make: Callable[[Any, str], Row]) -> list[Row]:
+  """A row of each record; their ids are unique, since scores go by id."""
+  rows: list[Row] = []
+  seen: dict[str, str] = {}
+  for where, record in records:
+    rows.append(make(record, where))
+    identity = rows[-1].id
+    if identity in seen:
+      raise UserError(f"{where}: id `{identity}` was already used, see {seen[identity]}.")
+    seen[identity] = where
+  return rows
+
+
+def field(row: Any, key: str, kind: type, where: object) -> Any:
+  if not isinstance(row, dict):
+    raise UserError(f"{where}: a JSON object with `{key}` is needed.")
+  if key not in row:
+    raise UserError(f"{where}: `{key}` is missing.")
+  if not isinstance(row[key], kind):
+    raise UserError(f"{where}: `{key}` has to be {_KINDS[kind]}.")
+  return row[key]
+
+
+def string(row: Any, key: str, where: object) -> str:
+  """A string field that is not empty."""
+  if not field(row, key, str, where).strip():
+    raise UserError(f"{where}: `{key}` is empty.")
+  return row[key]
+
+
+def strings(row: Any, key: str, where: object) -> list[str]:
+  """A list of strings, none of them empty; the list is not empty either."""
+  values = field(row, key, list, where)
+  if not values or not all(isinstance(value, str) and value.strip() for value in values):
+    raise UserError(f"{where}: `{key}` has to be a list of strings, none of them empty.")
+  return values
