@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import os
 from collections.abc import Callable, Iterable
@@ -49,6 +51,26 @@ def json_lines(file: File) -> Iterable[tuple[str, Any]]:
   for number, line in enumerate(text_file(file).split("\n"), start=1):
     if line.strip():
       yield f"{file} line {number}", _parse(line, file, number)
+
+
+def table(file: File, columns: Iterable[str], delimiter: str = ",") -> Iterable[tuple[str, dict[str, str]]]:
+  """(place, {column: value}) for each row below a head line that has `columns`. Only comma-separated files quote."""
+  quoting = csv.QUOTE_MINIMAL if delimiter == "," else csv.QUOTE_NONE
+  reader = csv.reader(io.StringIO(text_file(file), newline=""), delimiter=delimiter, quoting=quoting)
+  try:
+    head = next(reader, [])
+    for column in columns:
+      if column not in head:
+        raise UserError(f"{file} line 1: there is no column `{column}`.")
+    for row in filter(None, reader):
+      where = f"{file} line {reader.line_num}"
+      if len(row) < len(head):
+        raise UserError(f"{where}: `{head[len(row)]}` is missing.")
+      if len(row) > len(head):
+        raise UserError(f"{where}: {len(row)} fields, but {len(head)} columns.")
+      yield where, dict(zip(head, row, strict=True))
+  except csv.Error as error:
+    raise UserError(f"{file} line {reader.line_num}: not a table ({error}).") from None
 
 
 def unique(records: Iterable[tuple[str, Any]], make: Callable[[Any, str], Row]) -> list[Row]:
