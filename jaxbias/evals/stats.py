@@ -1,15 +1,18 @@
 """Bootstrap intervals over clusters: examples about one target term are not independent, so whole terms are drawn.
 
-Axis letters: M trained models (one a seed), E examples, C clusters, R resamples.
+Axis letters: M trained models (one a seed), E examples, C clusters, R resamples, H hypotheses.
 
 An interval here says how far the value would move with other terms of the same kind. It does not cover the noise
 between training seeds: a mean over M models is resampled with these M models held fixed, and `Estimate.per_seed` gives
 their values to be shown beside it. With few clusters (three religions) a percentile interval is too narrow.
+
+Two models on the same items are compared by the items' differences: `mean_over_examples` of them for the interval,
+`sign_flips` for the p-value, `holm` for a table of p-values.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -67,3 +70,70 @@ def by_cluster(value_ME: np.ndarray, cluster: Sequence[str]) -> tuple[np.ndarray
   _, cluster_E, size_C = np.unique(np.asarray(cluster), return_inverse=True, return_counts=True)
   sum_MC = np.stack([np.bincount(cluster_E, value_E, minlength=len(size_C)) for value_E in value_ME])
   return sum_MC, size_C.astype(np.float64)
+
+
+def mean_over_examples(value_ME: np.ndarray, cluster: Sequence[str], **how) -> Estimate:
+  """The plain mean over examples, [E] or [M, E], with the interval from whole clusters."""
+  return ratio_over_clusters(*by_cluster(np.atleast_2d(value_ME), cluster), **how)
+
+
+def means_by_group(value_E: Mapping[str, np.ndarray], cluster: Sequence[str], groups: Mapping[str, Sequence[int]],
+                   **how) -> dict[str, dict[str, Estimate]]:
+  """{group: {metric: mean}} of one value an example for each metric; `groups` hold the places of their examples."""
+  cluster = np.asarray(cluster)
+  return {group: {name: mean_over_examples(values[list(chosen)], cluster[list(chosen)], **how)
+                  for name, values in value_E.items()} for group, chosen in groups.items()}
+
+
+def group_places(names: Sequence[str]) -> dict[str, list[int]]:
+  """{"overall": all places, name: the places where it stands}, names sorted."""
+  places = {name: [i for i, other in enumerate(names) if other == name] for name in sorted(set(names))}
+  return {"overall": list(range(len(names))), **places}
+
+
+def tie_rate(one_E: np.ndarray, other_E: np.ndarray, atol: float = 0.0) -> float:
+  """The share of items on which two scores are within `atol`; low precision makes ties."""
+  return float(np.mean(np.abs(np.asarray(one_E) - np.asarray(other_E)) <= atol))
+
+
+def sign_flips(difference_C: np.ndarray, *, draws: int = 10_000, seed: int = 0) -> float:
+  """Two-sided p-value of a paired permutation test (Fisher 1935): that the clusters' differences are symmetric about 0.
+
+  `difference_C` is one model minus the other on each cluster, summed (`by_cluster`: tests the mean over examples) or
+  averaged (the mean over clusters). Signs are flipped cluster by cluster; the statistic is |sum|, ties count. Exact
+  where there are no more sign patterns than `draws`, else from random ones, of which the observed one is counted as
+  one more (Phipson & Smyth 2010), so that the level holds. With C clusters p is no less than 2 / 2^C.
+  """
+  difference_C = np.asarray(difference_C, np.float64)
+  clusters = len(difference_C)
+  exact = clusters <= np.log2(draws)
+  if exact:
+    flip_RC = np.arange(2**clusters)[:, None] >> np.arange(clusters) & 1
+  else:
+    flip_RC = np.random.default_rng(seed).integers(2, size=(draws, clusters), dtype=np.int8)
+  slack = 1e-12 * np.abs(difference_C).sum()  # sums in another order differ in the last digits
+  hits = np.sum(np.abs((1.0 - 2.0 * flip_RC) @ difference_C) >= np.abs(difference_C.sum()) - slack)
+  return float(hits / len(flip_RC) if exact else (hits + 1) / (draws + 1))
+
+
+def holm(p_H: Sequence[float]) -> np.ndarray:
+  """Holm's step-down adjusted p-values (Holm 1979), in the order given: those below a level hold it family-wise."""
+  p_H = np.asarray(p_H, np.float64)
+  order_H = np.argsort(p_H, kind="stable")
+  adjusted_H = np.empty_like(p_H)
+  adjusted_H[order_H] = np.minimum(1.0, np.maximum.accumulate(p_H[order_H] * np.arange(len(p_H), 0, -1)))
+  return adjusted_H
+
+
+def paired(one_E: np.ndarray, other_E: np.ndarray, cluster: Sequence[str], *, draws: int = 10_000, seed: int = 0,
+           level: float = 0.95) -> tuple[Estimate, float]:
+  """One model against another on the same examples: the mean difference, `one` - `other`, and its p-value.
+
+  The interval draws whole clusters, the p-value flips their signs.
+  """
+  one_E, other_E = np.asarray(one_E, np.float64), np.asarray(other_E, np.float64)
+  if one_E.shape != other_E.shape:
+    raise ValueError(f"items of shapes {one_E.shape} and {other_E.shape} are no pairs")
+  sum_1C, size_C = by_cluster(one_E[None] - other_E, cluster)
+  estimate = ratio_over_clusters(sum_1C, size_C, draws=draws, seed=seed, level=level)
+  return estimate, sign_flips(sum_1C[0], draws=draws, seed=seed)

@@ -99,3 +99,83 @@ def test_examples_are_added_up_by_name(names):
   assert_allclose(size_C, [names.count(name) for name in order])
   assert_allclose(sum_MC[0], [sum(v for v, n in zip([1, 2, 3, 4], names, strict=True) if n == name) for name in order])
   assert sum_MC.shape == (2, 3)
+
+
+# Two models on the same items.
+
+
+def test_exact_sign_flips_count_the_patterns():
+  # Sums of +-1 +-2 +-4: +-7, +-5, +-3, +-1; |sum| >= 7 for 2 of 8 patterns, >= 5 for 4 of 8, >= 1 for all.
+  assert stats.sign_flips([1.0, 2.0, 4.0]) == 2 / 8
+  assert stats.sign_flips([-1.0, 2.0, 4.0]) == 4 / 8
+  assert stats.sign_flips([-1.0, -2.0, 4.0]) == 1.0
+  assert stats.sign_flips(np.zeros(5)) == stats.sign_flips([3.0]) == 1.0
+  assert stats.sign_flips(np.full(10, 0.1)) == 2 / 2**10
+
+
+def test_drawn_sign_flips_come_near_the_exact_ones_and_are_never_zero():
+  difference_C = np.random.default_rng(2).normal(0.4, 1.0, size=12)
+  exact = stats.sign_flips(difference_C)
+  drawn = stats.sign_flips(difference_C, draws=4000)
+  assert 0.02 < exact < 0.9 and drawn != exact
+  assert_allclose(drawn, exact, atol=4 * np.sqrt(exact * (1 - exact) / 4000))
+  assert stats.sign_flips(np.ones(200), draws=999) == 1 / 1000
+
+
+@pytest.mark.parametrize("clusters", [9, 40])
+def test_the_test_holds_its_level(clusters):
+  rejected = 0
+  for trial in range(400):
+    rng = np.random.default_rng(trial)
+    effect_C = rng.standard_t(3, size=clusters)  # symmetric, heavy-tailed, shared by a cluster's five items
+    cluster = np.repeat([f"c{i}" for i in range(clusters)], 5)
+    difference_E = np.repeat(effect_C, 5) + rng.normal(size=5 * clusters)
+    sum_1C, _ = stats.by_cluster(difference_E[None], cluster)
+    rejected += stats.sign_flips(sum_1C[0], draws=600, seed=trial) <= 0.05
+  assert 0.02 <= rejected / 400 <= 0.08  # 0.05 +- 2.75 standard errors
+
+
+def test_the_interval_of_a_difference_covers_it_and_pairing_narrows_it():
+  hits = 0
+  for trial in range(300):
+    rng = np.random.default_rng(trial)
+    item_E = np.repeat(rng.normal(scale=3.0, size=50), 4)  # hard and easy clusters, for both models alike
+    one_E, other_E = item_E + 0.5 + rng.normal(size=200), item_E + rng.normal(size=200)
+    cluster = np.repeat(np.arange(50), 4).astype(str)
+    found, p = stats.paired(one_E, other_E, cluster, draws=400, seed=trial)
+    hits += found.low <= 0.5 <= found.high
+  assert 0.90 <= hits / 300 <= 0.98
+  alone = stats.mean_over_examples(one_E, cluster)
+  assert found.high - found.low < 0.5 * (alone.high - alone.low) and p < 0.05
+
+
+def test_paired_is_antisymmetric_and_refuses_what_is_no_pair():
+  one_E, other_E, cluster = RNG.normal(size=30), RNG.normal(size=30), [f"c{i % 6}" for i in range(30)]
+  forth, p = stats.paired(one_E, other_E, cluster)
+  back, q = stats.paired(other_E, one_E, cluster)
+  assert_allclose([forth.value, forth.low, forth.high], [-back.value, -back.high, -back.low])
+  assert_allclose(forth.value, (one_E - other_E).mean())
+  assert p == q
+  assert stats.paired(one_E, one_E, cluster)[1] == 1.0
+  with pytest.raises(ValueError, match="no pairs"):
+    stats.paired(one_E, other_E[:-1], cluster)
+
+
+def test_holm_by_hand():
+  assert_allclose(stats.holm([0.01, 0.04, 0.03, 0.005]), [0.03, 0.06, 0.06, 0.02])  # x3, the 0.06 below it, x2, x4
+  assert_allclose(stats.holm([0.5, 0.9]), [1.0, 1.0])
+  assert_allclose(stats.holm([0.2]), [0.2])
+  assert stats.holm([]).shape == (0,)
+
+
+def test_ties_are_counted():
+  assert stats.tie_rate([1.0, 2.0, 3.0, 4.0], [1.0, 2.5, 3.0, 5.0]) == 0.5
+  assert stats.tie_rate([1.0, 2.0], [1.05, 2.5], atol=0.1) == 0.5
+
+
+def test_means_of_groups():
+  value_E = {"x": np.array([1.0, 2.0, 3.0, 6.0])}
+  groups = stats.group_places(["b", "a", "b", "a"])
+  assert groups == {"overall": [0, 1, 2, 3], "a": [1, 3], "b": [0, 2]}
+  found = stats.means_by_group(value_E, list("pqrs"), groups)
+  assert {group: found[group]["x"].value for group in found} == {"overall": 3.0, "a": 4.0, "b": 2.0}
