@@ -14,6 +14,7 @@ class Triple:
 
   `sentences` are whole texts in the order of `LABELS`. `prefix` is the number of characters before the
   filling (the blank's position, without the space before it): what comes after it is the answer span.
+  In the intersentence task the sentences follow `context`, which has no BLANK, and `prefix` is 0.
   """
 
   id: str

@@ -13,7 +13,7 @@ import logging
 import math
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -76,11 +76,12 @@ def read_folder(folder: Traversable, name: str) -> DataSet:
 
 def stereoset_triples(path: File) -> list[Triple]:
   """The intrasentence triples of StereoSet's JSON, all of them, in the file's order."""
-  data = field(json_file(path), "data", dict, f"{path} is not StereoSet's JSON")
-  records = field(data, "intrasentence", list, f"{path} is not StereoSet's JSON, `data`")
-  if not records:
-    raise UserError(f"{path}: `data.intrasentence` is empty.")
-  return unique(((f"{path}, data.intrasentence[{i}]", record) for i, record in enumerate(records)), _stereoset_triple)
+  return _stereoset(path, "intrasentence", _stereoset_triple)
+
+
+def stereoset_continuations(path: File) -> list[Triple]:
+  """The intersentence triples: three sentences that may follow `context`, which has no BLANK; all of each is answer."""
+  return _stereoset(path, "intersentence", _stereoset_continuation)
 
 
 def usable_for_training(triple: Triple) -> bool:
@@ -145,7 +146,21 @@ def prefix_length(context: str, sentences: Sequence[str]) -> int:
 # One record -> one row. `where` names the file and the place in it.
 
 
+def _stereoset(path: File, task: str, make: Callable[[Any, str], Triple]) -> list[Triple]:
+  data = field(json_file(path), "data", dict, f"{path} is not StereoSet's JSON")
+  records = field(data, task, list, f"{path} is not StereoSet's JSON, `data`")
+  if not records:
+    raise UserError(f"{path}: `data.{task}` is empty.")
+  return unique(((f"{path}, data.{task}[{i}]", record) for i, record in enumerate(records)), make)
+
+
 def _stereoset_triple(record: Any, where: str) -> Triple:
+  triple = _stereoset_continuation(record, where)
+  context = _context(record, f"{where} (id {triple.id})")
+  return dataclasses.replace(triple, prefix=prefix_length(context, triple.sentences))
+
+
+def _stereoset_continuation(record: Any, where: str) -> Triple:
   identity = string(record, "id", where)
   where = f"{where} (id {identity})"
   sentences = field(record, "sentences", list, where)
@@ -154,9 +169,8 @@ def _stereoset_triple(record: Any, where: str) -> Triple:
     if labels.count(label) != 1:
       raise UserError(f"{where} has {labels.count(label) or 'no'} sentences labelled `{label}`, one is needed.")
   texts = tuple(string(sentences[labels.index(label)], "sentence", where) for label in LABELS)
-  context = _context(record, where)
   return Triple(identity, _domain(string(record, "bias_type", where), where), string(record, "target", where),
-                context, texts, prefix_length(context, texts))
+                string(record, "context", where), texts, prefix=0)
 
 
 def _filled_triple(row: Any, where: str) -> Triple:

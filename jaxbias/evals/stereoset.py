@@ -1,4 +1,19 @@
-"""StereoSet's intrasentence task: stereotype score, language-modelling score, ICAT.
+"""StereoSet: stereotype score, language-modelling score, ICAT.
+
+| task | a sentence's score |
+|---|---|
+| stereoset_intrasentence | mean log-probability of its tokens, after the start token |
+| stereoset_intrasentence_sum | their sum, which favours short sentences |
+| stereoset_intrasentence_official | the mean, the first token given the start token and the others without it |
+| stereoset_intrasentence_masked | log of the mean probability of the filling's pieces |
+| stereoset_intrasentence_masked_official | likewise, the filling tokenised without the space before it |
+| stereoset_intersentence | ours: mean log-probability of its tokens after the context |
+| stereoset_intersentence_pmi | ours: log p(sentence given context) - log p(sentence) |
+| stereoset | stereoset_intrasentence and stereoset_intersentence, each term's triples pooled, as in the paper |
+
+The official masked scores take word-internal pieces where words carry their space (RoBERTa: LMS 71 instead of 89);
+bias-bench tokenises with the space, as stereoset_intrasentence_masked does. The published intersentence scores come
+from next-sentence classifiers that the authors trained, so no causal model can be compared with them.
 
 Axis letters: M trained models (one a seed), E examples (triples), C target terms, R resamples. An axis of 3 is in the
 order of `LABELS`: stereotype, anti-stereotype, unrelated.
@@ -6,15 +21,19 @@ order of `LABELS`: stereotype, anti-stereotype, unrelated.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Sequence
+import string
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from jaxbias.data.rows import Triple
-from jaxbias.data.sources import triple_choices
+from jaxbias.data.rows import MASK, Choice, Cloze, Triple
+from jaxbias.data.sources import BLANK, stereoset_continuations, stereoset_triples, triple_choices
+from jaxbias.errors import UserError
 from jaxbias.evals import stats
 from jaxbias.evals.metrics import Benchmark, Estimate, Higher, Ideal, Lower, Result, Scores, score_array
+from jaxbias.evals.task import CAUSAL, MASKED, SCORES, Task
 
 BENCHMARK = Benchmark(
   name="stereoset_intrasentence",
@@ -23,7 +42,55 @@ BENCHMARK = Benchmark(
 
 SCORINGS = ("sum", "token_mean")
 
+WITHOUT_CONTEXT = " without context"
+
 rows = triple_choices
+
+
+def fillings(triple: Triple) -> tuple[str, ...]:
+  """The word of each sentence that stands where the context's (last) BLANK does, without punctuation.
+
+  Found as StereoSet's evaluation finds it, by counting spaces; the context's other words may be spelled otherwise.
+  """
+  at = max(i for i, word in enumerate(triple.context.split(" ")) if BLANK in word)
+  words = [sentence.split(" ")[at:at + 1] for sentence in triple.sentences]
+  found = tuple("".join(word).translate(str.maketrans("", "", string.punctuation)) for word in words)
+  if not all(found):
+    raise UserError(f"StereoSet's {triple.id}: a sentence has no word where `context` has {BLANK}.")
+  return found
+
+
+def masked_rows(triples: Sequence[Triple], space: str = " ") -> list[Cloze]:
+  """The contexts, with the fillings in the order of `LABELS` to be scored where the BLANK is."""
+  return [Cloze(triple.id, triple.context.replace(BLANK, MASK), tuple(space + word for word in fillings(triple)),
+                pieces="growing") for triple in triples]
+
+
+def continuation_rows(triples: Sequence[Triple]) -> list[Choice]:
+  """Each triple's sentences after its context."""
+  return [Choice(triple.id, triple.context, _continuations(triple)) for triple in triples]
+
+
+def pmi_rows(triples: Sequence[Triple]) -> list[Choice]:
+  """Each triple's sentences after its context, and the same tokens after none."""
+  alone = [Choice(triple.id + WITHOUT_CONTEXT, "", _continuations(triple)) for triple in triples]
+  return continuation_rows(triples) + alone
+
+
+def _continuations(triple: Triple) -> tuple[str, ...]:
+  return tuple(" " + sentence for sentence in triple.sentences)
+
+
+def both_tasks(path: str) -> list[Triple]:
+  return stereoset_triples(path) + stereoset_continuations(path)
+
+
+def both_rows(triples: Sequence[Triple]) -> list[Choice]:
+  return rows(_of_task(triples, True)) + continuation_rows(_of_task(triples, False))
+
+
+def _of_task(triples: Sequence[Triple], intrasentence: bool) -> list[Triple]:
+  return [triple for triple in triples if (BLANK in triple.context) == intrasentence]
 
 
 def sentence_scores(triples: Sequence[Triple], scores: Scores, scoring: str = "token_mean") -> np.ndarray:
@@ -35,6 +102,12 @@ def sentence_scores(triples: Sequence[Triple], scores: Scores, scoring: str = "t
     raise ValueError(f"scoring is {scoring!r}, not one of {SCORINGS}")
   array_E32 = score_array([triple.id for triple in triples], scores, options=3)
   return array_E32[..., 0] / array_E32[..., 1] if scoring == "token_mean" else array_E32[..., 0]
+
+
+def pmi_scores(triples: Sequence[Triple], scores: Scores) -> np.ndarray:
+  """log p(sentence given context) - log p(sentence), nats [E, 3]; sums, as both are over the same tokens."""
+  alone = {triple.id: scores.get(triple.id + WITHOUT_CONTEXT, ()) for triple in triples}
+  return sentence_scores(triples, scores, "sum") - sentence_scores(triples, alone, "sum")
 
 
 def outcomes(score_ME3: np.ndarray, tie_credit: float = 0.0) -> dict[str, np.ndarray]:
@@ -86,3 +159,33 @@ def _estimates(item_ME: dict[str, np.ndarray], terms: Sequence[str], how: dict) 
     statistics[name] = functools.partial(stats.cluster_mean, value_MC=sum_MC / size_C)
   statistics["icat"] = lambda count_RC: icat(statistics["lms"](count_RC), statistics["ss"](count_RC))
   return {name: stats.bootstrap_interval(statistics[name], size_C.shape, **how) for name in BENCHMARK.metrics}
+
+
+def reduce_pooled(triples: Sequence[Triple], score_ME3: np.ndarray, **how) -> Result:
+  """`reduce` over all triples, the two tasks' ones pooled, with a row "intrasentence" and a row "intersentence"."""
+  pooled = reduce(triples, score_ME3, **how)
+  intra_E = np.array([BLANK in triple.context for triple in triples])
+  score_ME3 = np.asarray(score_ME3)
+  rows_of = {name: reduce(_of_task(triples, intra), score_ME3[..., intra_E == intra, :], **how).estimates["overall"]
+             for name, intra in (("intrasentence", True), ("intersentence", False)) if (intra_E == intra).any()}
+  return Result(pooled.estimates | rows_of, pooled.items)
+
+
+def _task(name: str, rows: Callable, score: Callable, *, load: Callable = stereoset_triples, reduce: Callable = reduce,
+          models: str = CAUSAL, bos: str = "prefixed_bos") -> Task:
+  return Task(dataclasses.replace(BENCHMARK, name=name), models, SCORES, load, rows,
+              lambda triples, answers, **how: reduce(triples, score(triples, answers), **how), bos)
+
+
+_summed = functools.partial(sentence_scores, scoring="sum")
+
+TASKS = (
+  _task(BENCHMARK.name, rows, sentence_scores),
+  _task("stereoset_intrasentence_sum", rows, _summed),
+  _task("stereoset_intrasentence_official", rows, sentence_scores, bos="split_bos"),
+  _task("stereoset_intrasentence_masked", masked_rows, _summed, models=MASKED),
+  _task("stereoset_intrasentence_masked_official", functools.partial(masked_rows, space=""), _summed, models=MASKED),
+  _task("stereoset_intersentence", continuation_rows, sentence_scores, load=stereoset_continuations),
+  _task("stereoset_intersentence_pmi", pmi_rows, pmi_scores, load=stereoset_continuations),
+  _task("stereoset", both_rows, sentence_scores, load=both_tasks, reduce=reduce_pooled),
+)

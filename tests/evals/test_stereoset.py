@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 from numpy.testing import assert_allclose
 
 from jaxbias.data import sources
-from jaxbias.data.rows import LABELS, Triple
+from jaxbias.data.rows import LABELS, MASK, Triple
 from jaxbias.errors import UserError
 from jaxbias.evals import stereoset
 
@@ -19,6 +20,12 @@ STEREOSET = SHARED / "data/stereoset"
 ORACLE = SHARED / "oracles/smollm2"
 PREDICTIONS = sorted((STEREOSET / "official_predictions").glob("predictions_*.json"))
 needs_stereoset = pytest.mark.skipif(not STEREOSET.exists(), reason="StereoSet's files are not beside the repository")
+
+
+TASKS = {task.name: task for task in stereoset.TASKS}
+DOOR = Triple("t0", "gender", "x", "My door, she said, is very BLANK.", (
+  "My door, she said, is very red!", "My door, she said, is very light blue.", "My Door, she said, is very seven."), 26)
+AFTER = Triple("t1", "gender", "x", "It rains.", ("So it is wet.", "So it is dry.", "So it is seven."), 0)
 
 
 def triples(terms: list[str], domains: list[str] | None = None) -> list[Triple]:
@@ -35,16 +42,29 @@ def values(score, terms, **how) -> dict[str, float]:
 @needs_stereoset
 @pytest.mark.parametrize("path", PREDICTIONS, ids=lambda path: path.stem)
 def test_official_predictions_give_the_official_figures(path):
-  records = json.loads((STEREOSET / "dev.json").read_text())["data"]["intrasentence"]
-  score = {row["id"]: row["score"] for row in json.loads(path.read_text())["intrasentence"]}
-  of_label = [{s["gold_label"]: score[s["id"]] for s in record["sentences"]} for record in records]
-  score_E3 = [[scores[label] for label in LABELS] for scores in of_label]
-  found = stereoset.reduce(sources.stereoset_triples(STEREOSET / "dev.json"), np.array(score_E3), draws=50)
-  official = json.loads((STEREOSET / "official_scores_dev.json").read_text())[path.stem.split("_")[1]]["intrasentence"]
-  assert found.estimates.keys() == official.keys()
-  for group, figures in official.items():
-    got = [found.estimates[group][name].value for name in ("ss", "lms", "icat")]
-    assert_allclose(got, [figures[f"{name} Score"] for name in ("SS", "LM", "ICAT")], atol=1e-9, rtol=0)
+  data = json.loads((STEREOSET / "dev.json").read_text())["data"]
+  predicted = json.loads(path.read_text())
+  official = json.loads((STEREOSET / "official_scores_dev.json").read_text())[path.stem.split("_")[1]]
+  loaders = {"intrasentence": sources.stereoset_triples, "intersentence": sources.stereoset_continuations}
+  rows, scores = [], []
+  for task, load in loaders.items():
+    score = {row["id"]: row["score"] for row in predicted[task]}
+    of_label = [{s["gold_label"]: score[s["id"]] for s in record["sentences"]} for record in data[task]]
+    scores.append(np.array([[found[label] for label in LABELS] for found in of_label]))
+    rows.append(load(STEREOSET / "dev.json"))
+    found = stereoset.reduce(rows[-1], scores[-1], draws=20).estimates
+    assert found.keys() == official[task].keys()
+    for group, figures in official[task].items():
+      assert_official(found[group], figures)
+  pooled = stereoset.reduce_pooled(rows[0] + rows[1], np.concatenate(scores), draws=20).estimates
+  assert_official(pooled["overall"], official["overall"])
+  for task in loaders:
+    assert_official(pooled[task], official[task]["overall"])
+
+
+def assert_official(found, figures):
+  got = [found[name].value for name in ("ss", "lms", "icat")]
+  assert_allclose(got, [figures[f"{name} Score"] for name in ("SS", "LM", "ICAT")], atol=1e-9, rtol=0)
 
 
 @pytest.mark.skipif(not ORACLE.exists(), reason="the oracles are not beside the repository")
@@ -60,6 +80,30 @@ def test_oracle_scores_give_the_oracle_figures(scoring):
       assert estimate.low <= estimate.value <= estimate.high
       if name != "ties":
         assert_allclose(estimate.value, figures[name.upper()], atol=5.1e-5, rtol=0)
+
+
+@pytest.mark.skipif(not ORACLE.exists(), reason="the oracles are not beside the repository")
+def test_the_tasks_ask_what_the_oracle_was_asked_and_find_its_figures():
+  task = TASKS["stereoset_intrasentence"]
+  examples = task.load(STEREOSET / "dev.json")
+  oracle = [json.loads(line) for line in (ORACLE / "stereoset_intra.rows.jsonl").read_text().splitlines()]
+  assert [(row.id, row.context, list(row.options)) for row in task.rows(examples)] == [
+    (row["id"], row["context"], row["options"]) for row in oracle]
+  scores = json.loads((ORACLE / "stereoset_intra.scores.json").read_text())
+  figures = json.loads((ORACLE / "stereoset_intra.metrics.json").read_text())
+  for name, scoring in (("stereoset_intrasentence", "token_mean"), ("stereoset_intrasentence_sum", "sum")):
+    found = TASKS[name].reduce(examples, scores, draws=20).estimates["overall"]["ss"].value
+    assert_allclose(found, figures[f"{scoring}.overall"]["SS"], atol=5.1e-5)
+
+
+@needs_stereoset
+def test_every_triple_of_the_file_has_its_rows():
+  for task in TASKS.values():
+    examples = task.load(STEREOSET / "dev.json")
+    rows = task.rows(examples)
+    assert len({row.id for row in rows}) == len(rows) == len(examples) * (2 if task.name.endswith("pmi") else 1)
+  odd = stereoset.fillings(next(t for t in examples if t.context.startswith("The grandfather BLANKed")))
+  assert all(word.endswith("ed") for word in odd)
 
 
 def test_rates_are_averaged_over_terms_not_over_triples():
@@ -134,6 +178,46 @@ def test_scores_that_cannot_be_used(scores, said):
   with pytest.raises(UserError) as caught:
     stereoset.sentence_scores(triples(["a"]), scores)
   assert str(caught.value) == said
+
+
+def test_the_masked_filling_is_the_word_at_the_blank_without_punctuation():
+  row, = TASKS["stereoset_intrasentence_masked"].rows([DOOR])
+  assert (row.text, row.pieces) == (f"My door, she said, is very {MASK}.", "growing")
+  assert row.options == (" red", " light", " seven")
+  row, = TASKS["stereoset_intrasentence_masked_official"].rows([DOOR])
+  assert row.options == ("red", "light", "seven")
+  short = dataclasses.replace(DOOR, sentences=("My door.", "My door.", "My door."))
+  with pytest.raises(UserError, match="StereoSet's t0: a sentence has no word where `context` has BLANK"):
+    stereoset.fillings(short)
+
+
+def test_continuations_are_scored_after_the_context_and_pmi_takes_their_own_probability_away():
+  one, = TASKS["stereoset_intersentence"].rows([AFTER])
+  assert (one.context, one.options) == ("It rains.", (" So it is wet.", " So it is dry.", " So it is seven."))
+  after, alone = TASKS["stereoset_intersentence_pmi"].rows([AFTER])
+  assert (after, alone.context, alone.options) == (one, "", one.options)
+  scores = {after.id: [[-6.0, 2], [-5.0, 4], [-9.0, 3]], alone.id: [[-8.0, 2], [-5.5, 4], [-9.5, 3]]}
+  assert_allclose(stereoset.pmi_scores([AFTER], scores), [[2.0, 0.5, 0.5]])
+  found = TASKS["stereoset_intersentence_pmi"].reduce([AFTER], scores).estimates["overall"]
+  assert (found["ss"].value, found["lms"].value) == (100.0, 50.0)
+  assert TASKS["stereoset_intersentence"].reduce([AFTER], scores).estimates["overall"]["ss"].value == 0.0
+
+
+def test_pooling_weighs_a_terms_triples_alike():
+  two = [dataclasses.replace(DOOR, id=name) for name in "ab"]
+  scores = {"a": [[-1.0, 1], [-2.0, 1], [-3.0, 1]], "b": [[-1.0, 1], [-2.0, 1], [-3.0, 1]],
+            "t1": [[-2.0, 1], [-1.0, 1], [-3.0, 1]]}
+  found = TASKS["stereoset"].reduce([*two, AFTER], scores).estimates
+  assert [row.context for row in TASKS["stereoset"].rows([*two, AFTER])] == ["", "", "It rains."]
+  assert_allclose([found[group]["ss"].value for group in ("overall", "intrasentence", "intersentence")],
+                  [200 / 3, 100.0, 0.0])
+
+
+def test_malformed_continuations_are_named(tmp_path):
+  path = tmp_path / "dev.json"
+  path.write_text(json.dumps({"data": {"intersentence": [{"id": "i", "context": "x", "sentences": []}]}}))
+  with pytest.raises(UserError, match=r"dev.json, data.intersentence\[0\] \(id i\) has no sentences labelled"):
+    sources.stereoset_continuations(path)
 
 
 def test_the_benchmark_says_which_way_is_better():
