@@ -21,7 +21,7 @@ from jaxbias.errors import UserError
 from jaxbias.losses.logprobs import gather_positions, token_logprobs
 from jaxbias.mesh import batch_sharding, batch_shards
 from jaxbias.models.language_model import LanguageModel
-from jaxbias.models.transformer import Transformer, head_matrix
+from jaxbias.models.transformer import Transformer, head
 
 Scores = dict[str, list[tuple[float, int]]]  # id -> [(summed log-probability in nats, tokens)] per option
 
@@ -71,7 +71,7 @@ def scorer(module: Transformer, mesh) -> Callable:
   def run(variables, arrays):
     hidden, _ = module.apply(variables, *(arrays[n] for n in ("tokens", "segment", "position", "branch")))
     hidden_BPD = gather_positions(hidden, arrays["score_at"])
-    return token_logprobs(hidden_BPD, head_matrix(variables["params"], module.config), arrays["target"])
+    return token_logprobs(hidden_BPD, head(variables["params"], module.config), arrays["target"])
 
   sharding = batch_sharding(mesh)
   return lambda variables, arrays: run(variables, jax.device_put(arrays, sharding))

@@ -13,6 +13,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from jaxbias.models.transformer import Head
+
 CHUNK = 512  # positions whose logits exist at one time
 
 
@@ -22,15 +24,15 @@ def gather_positions(x_BTD: jax.Array, at_BP: jax.Array) -> jax.Array:
 
 
 @jax.custom_vjp
-def token_logprobs(hidden_BPD: jax.Array, head_VD: jax.Array, target_BP: jax.Array) -> jax.Array:
-  """log softmax(hidden @ head.T)[target], float32 nats, [B, P]."""
-  return _over_positions(lambda h, y: _chosen(_logits(h, head_VD), y), hidden_BPD, target_BP)
+def token_logprobs(hidden_BPD: jax.Array, head: Head, target_BP: jax.Array) -> jax.Array:
+  """log softmax(logits)[target], float32 nats, [B, P]."""
+  return _over_positions(lambda h, y: _chosen(_logits(h, head), y), hidden_BPD, target_BP)
 
 
 def _token_logprobs_forward(hidden, head, target):
   def chunk(h, y):
     logits = _logits(h, head)
-    return _chosen(logits, y), _down(_one_hot_minus(jax.nn.softmax(logits), y), head, h.dtype)
+    return _chosen(logits, y), _to_hidden(_to_products(_one_hot_minus(jax.nn.softmax(logits), y), logits, head), head, h)
 
   value, slope_BPD = _over_positions(chunk, hidden, target)
   return value, (hidden, head, target, slope_BPD)
@@ -40,9 +42,10 @@ def _token_logprobs_backward(kept, g_BP):
   hidden, head, target, slope_BPD = kept
 
   def chunk(h, y, g):
-    return _one_hot_minus(jax.nn.softmax(_logits(h, head)), y) * g[..., None]
+    logits = _logits(h, head)
+    return _to_products(_one_hot_minus(jax.nn.softmax(logits), y) * g[..., None], logits, head)
 
-  to_head = _sum_outer(chunk, hidden, head, target, g_BP)  # dead code, and gone, where the head is frozen
+  to_head = _to_head(chunk, head, hidden, target, g_BP)  # dead code, and gone, where the head is frozen
   return (g_BP[..., None] * slope_BPD).astype(hidden.dtype), to_head, None
 
 
@@ -50,22 +53,20 @@ token_logprobs.defvjp(_token_logprobs_forward, _token_logprobs_backward)
 
 
 @jax.custom_vjp
-def forward_kl(
-  hidden_BKD: jax.Array, head_VD: jax.Array, ref_hidden_BKD: jax.Array, ref_head_VD: jax.Array
-) -> jax.Array:
+def forward_kl(hidden_BKD: jax.Array, head: Head, ref_hidden_BKD: jax.Array, ref_head: Head) -> jax.Array:
   """KL(reference || policy) over the whole vocabulary, float32 nats, [B, K].
 
   The reference enters as its last hidden states: D numbers a position give its distribution exactly, at the
   price of one product with the head and without a second trunk. No gradient flows to the reference.
   """
-  return _over_positions(lambda h, r: _kl(_logits(h, head_VD), _logits(r, ref_head_VD)), hidden_BKD, ref_hidden_BKD)
+  return _over_positions(lambda h, r: _kl(_logits(h, head), _logits(r, ref_head)), hidden_BKD, ref_hidden_BKD)
 
 
 def _forward_kl_forward(hidden, head, ref_hidden, ref_head):
   def chunk(h, r):
     logits, ref_logits = _logits(h, head), _logits(r, ref_head)
     slope = jax.nn.softmax(logits) - jax.nn.softmax(ref_logits)
-    return _kl(logits, ref_logits), _down(slope, head, h.dtype)
+    return _kl(logits, ref_logits), _to_hidden(_to_products(slope, logits, head), head, h)
 
   value, slope_BKD = _over_positions(chunk, hidden, ref_hidden)
   return value, (hidden, head, ref_hidden, ref_head, slope_BKD)
@@ -75,22 +76,46 @@ def _forward_kl_backward(kept, g_BK):
   hidden, head, ref_hidden, ref_head, slope_BKD = kept
 
   def chunk(h, r, g):
-    return (jax.nn.softmax(_logits(h, head)) - jax.nn.softmax(_logits(r, ref_head))) * g[..., None]
+    logits = _logits(h, head)
+    return _to_products((jax.nn.softmax(logits) - jax.nn.softmax(_logits(r, ref_head))) * g[..., None], logits, head)
 
-  to_head = _sum_outer(chunk, hidden, head, ref_hidden, g_BK)
+  to_head = _to_head(chunk, head, hidden, ref_hidden, g_BK)
   return (g_BK[..., None] * slope_BKD).astype(hidden.dtype), to_head, None, None
 
 
 forward_kl.defvjp(_forward_kl_forward, _forward_kl_backward)
 
 
-def _logits(hidden: jax.Array, head_VD: jax.Array) -> jax.Array:
-  return jnp.einsum("...d,vd->...v", hidden, head_VD.astype(hidden.dtype), preferred_element_type=jnp.float32)
+def logits(hidden: jax.Array, head: Head) -> jax.Array:
+  """Every logit, float32 [..., V]: for a few positions, such as the last ones of a text that goes on."""
+  return _logits(hidden, head)
 
 
-def _down(slope_V: jax.Array, head_VD: jax.Array, dtype) -> jax.Array:
-  """A derivative with respect to logits, carried back to the hidden state."""
-  return jnp.einsum("...v,vd->...d", slope_V.astype(dtype), head_VD.astype(dtype), preferred_element_type=jnp.float32)
+def _logits(hidden: jax.Array, head: Head) -> jax.Array:
+  products = jnp.einsum(
+    "...d,vd->...v", hidden, head.matrix.astype(hidden.dtype),
+    precision=_precision(hidden.dtype), preferred_element_type=jnp.float32,
+  )  # fmt: skip
+  if head.bias is not None:
+    products += head.bias.astype(jnp.float32)
+  return products if head.softcap is None else head.softcap * jnp.tanh(products / head.softcap)
+
+
+def _precision(dtype) -> jax.lax.Precision | None:
+  """Float32 is multiplied as float32 on accelerators, too."""
+  return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+
+
+def _to_products(slope_V: jax.Array, logits_V: jax.Array, head: Head) -> jax.Array:
+  """A derivative with respect to logits, carried back through the cap."""
+  return slope_V if head.softcap is None else slope_V * (1 - (logits_V / head.softcap) ** 2)
+
+
+def _to_hidden(slope_V: jax.Array, head: Head, hidden: jax.Array) -> jax.Array:
+  """A derivative with respect to products, carried back to the hidden state."""
+  dtype = hidden.dtype
+  return jnp.einsum("...v,vd->...d", slope_V.astype(dtype), head.matrix.astype(dtype),
+                    precision=_precision(dtype), preferred_element_type=jnp.float32)  # fmt: skip
 
 
 def _chosen(logits: jax.Array, target: jax.Array) -> jax.Array:
@@ -120,10 +145,14 @@ def _over_positions(chunk: Callable, *args: jax.Array):
   return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(B, P, *x.shape[3:]), out)
 
 
-def _sum_outer(slope: Callable, hidden: jax.Array, head_VD: jax.Array, *args: jax.Array) -> jax.Array:
-  """sum over positions of slope(position)[v] hidden(position)[d], the derivative with respect to the head."""
+def _to_head(slope: Callable, head: Head, hidden: jax.Array, *args: jax.Array) -> Head:
+  """Derivatives with respect to the head: sums over positions of slope[v] hidden[d], and of slope[v]."""
 
   def add(total, xs):
-    return total + jnp.einsum("bpv,bpd->vd", slope(*xs), xs[0].astype(jnp.float32)), None
+    slope_BPV = slope(*xs)
+    outer = jnp.einsum("bpv,bpd->vd", slope_BPV, xs[0].astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
+    return Head(total.matrix + outer, None if head.bias is None else total.bias + slope_BPV.sum((0, 1)), head.softcap), None
 
-  return jax.lax.scan(add, jnp.zeros(head_VD.shape, jnp.float32), _split(hidden, *args))[0].astype(head_VD.dtype)
+  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), head)
+  total, _ = jax.lax.scan(add, zeros, _split(hidden, *args))
+  return jax.tree.map(lambda x, like: x.astype(like.dtype), total, head)

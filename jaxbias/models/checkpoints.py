@@ -7,10 +7,13 @@ carries one shard at a time beside what is already on the devices.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
@@ -18,6 +21,9 @@ from safetensors import SafetensorError, safe_open
 from jaxbias.errors import UserError
 from jaxbias.models.config import ModelConfig
 from jaxbias.models.families import family_of
+from jaxbias.models.families.layout import Stored
+
+STREAM_BYTES = 256 << 20  # shards of stacked layers past this size are filled layer by layer
 
 
 def read_config(folder: Path) -> dict:
@@ -92,57 +98,106 @@ def _cut_short(path: Path) -> str | None:
 def load_params(folder: Path, config: ModelConfig, abstract: Mapping, shardings: Mapping, dtype: str) -> dict:
   """The parameter tree of `abstract`'s shapes, placed by `shardings`, in `dtype`.
 
-  Raises UserError listing every tensor that is missing, extra or misshapen.
+  Raises UserError listing every tensor that is missing, extra or misshapen, and for weights that are not finite.
   """
   family = family_of(read_config(folder))
-  files = TensorFiles(folder)
+  files, layout = TensorFiles(folder), family.layout(config)
   leaves = {"/".join(path): leaf for path, leaf in flatten_dict(dict(abstract)).items()}
   where = {"/".join(path): sharding for path, sharding in flatten_dict(dict(shardings)).items()}
-  _check_tensors(leaves, files, family, config)
+  names = _check_tensors(leaves, files, family, layout, config)
 
   def leaf(path: str) -> jax.Array:
-    name, shape = family.NAMES[path], leaves[path].shape
+    stored, shape = layout[path], leaves[path].shape
+
+    def tensor(index: tuple[slice, ...], number: int | None = None) -> np.ndarray:
+      name = names[stored.name if number is None else stored.name.format(number)]
+      values = _read(files, name, stored, index, shape[-1]).astype(dtype, copy=False)
+      if not np.isfinite(values).all():
+        raise UserError(f"{folder}: tensor {name} holds NaN or infinity; fetch the model again, or train it anew.")
+      return values
 
     def shard(index: tuple[slice, ...]) -> np.ndarray:
-      if "{}" not in name:
-        return files.read(name, index).astype(dtype, copy=False)
-      layers = range(*index[0].indices(config.num_layers))
-      inner = [range(*s.indices(n)) for s, n in zip(index[1:], shape[1:], strict=True)]
-      out = np.empty((len(layers), *map(len, inner)), dtype)
-      for i, layer in enumerate(layers):
-        out[i] = _theirs_to_ours(files.read(name.format(layer), _ours_to_theirs(index[1:])))
-      return out
+      if not stored.stacked:
+        return tensor(index)
+      return np.stack([tensor(index[1:], i) for i in range(*index[0].indices(shape[0]))])
 
-    return jax.make_array_from_callback(shape, where[path], shard)
+    if not stored.stacked or _shard_bytes(shape, where[path], dtype) < STREAM_BYTES:
+      return jax.make_array_from_callback(shape, where[path], shard)
+    return _layer_by_layer(shape, where[path], dtype, tensor)
 
   return unflatten_dict({tuple(path.split("/")): leaf(path) for path in leaves})
 
 
-def _theirs_to_ours(tensor: np.ndarray) -> np.ndarray:
-  """Hugging Face stores linear weights [out, in]; ours are [in, out]. Vectors stay."""
-  return tensor.T if tensor.ndim == 2 else tensor
+def _shard_bytes(shape: tuple[int, ...], sharding, dtype: str) -> int:
+  return math.prod(sharding.shard_shape(shape)) * jnp.dtype(dtype).itemsize
 
 
-def _ours_to_theirs(index: tuple[slice, ...]) -> tuple[slice, ...]:
-  return index[::-1] if len(index) == 2 else index
+def _layer_by_layer(shape: tuple[int, ...], sharding, dtype: str, tensor: Callable) -> jax.Array:
+  """A large stacked leaf, filled on its devices one layer at a time, so that the host holds one tensor only."""
+  fill = jax.jit(lambda whole, layer, i: whole.at[i].set(layer), donate_argnums=0)
+  shards = []
+  for device, index in sharding.addressable_devices_indices_map(shape).items():
+    layers = range(*index[0].indices(shape[0]))
+    with jax.default_device(device):
+      whole = jnp.zeros(sharding.shard_shape(shape), dtype)
+    for at, number in enumerate(layers):
+      layer = jax.device_put(tensor(index[1:], number), device)
+      whole = fill(whole, layer, at)
+    shards.append(whole)
+  return jax.make_array_from_single_device_arrays(shape, sharding, shards)
 
 
-def _check_tensors(leaves: Mapping, files: TensorFiles, family, config: ModelConfig) -> None:
-  expected = {}
+def _read(files: TensorFiles, name: str, stored: Stored, index: tuple[slice, ...], outputs: int) -> np.ndarray:
+  """The part `index` of one of our leaves (of one layer): only the bytes between its first and last row are read."""
+  if stored.rows is None:
+    wanted, pick = index, slice(None)
+  else:
+    rows = stored.rows.at(np.arange(outputs)[index[-1]])
+    wanted, pick = (*index[:-1], slice(int(rows.min()), int(rows.max()) + 1)), rows - rows.min()
+    pick = slice(None) if len(pick) == pick.max() + 1 else pick
+  values = files.read(name, wanted[::-1] if stored.transposed else wanted)
+  return (values.T if stored.transposed else values)[..., pick]
+
+
+def tensor_shapes(leaves: Mapping, layout: Mapping[str, Stored]) -> dict[str, tuple[int, ...]]:
+  """{Hugging Face's name: shape} of every tensor that these leaves make up."""
+  shapes = {}
   for path, leaf in leaves.items():
-    name = family.NAMES[path]
-    if "{}" in name:
-      expected.update({name.format(i): leaf.shape[1:][::-1] for i in range(config.num_layers)})
-    else:
-      expected[name] = leaf.shape
-  optional = {family.NAMES["head"]} if config.tied_head else set()
-  present = {n for n in files.where if not n.endswith(family.IGNORED_TENSORS)} - optional
-  problems = [f"{n} is missing" for n in sorted(set(expected) - present)]
-  problems += [f"{n} is not part of this architecture" for n in sorted(present - set(expected))]
-  for n in sorted(present & set(expected)):
-    if files.shape(n) != tuple(expected[n]):
-      problems.append(f"{n} has shape {files.shape(n)}, {tuple(expected[n])} is needed")
+    stored = layout[path]
+    shape = leaf.shape[1:] if stored.stacked else leaf.shape
+    shape = shape if stored.rows is None else (*shape[:-1], stored.rows.total)
+    shape = shape[::-1] if stored.transposed else shape
+    numbers = range(leaf.shape[0]) if stored.stacked else (None,)
+    shapes |= {stored.name.format(number): tuple(shape) for number in numbers}
+  return shapes
+
+
+def _check_tensors(leaves: Mapping, files: TensorFiles, family, layout: Mapping, config: ModelConfig) -> dict[str, str]:
+  """{the name that the layout gives: the name in the files}. UserError listing what is wrong."""
+  expected = tensor_shapes(leaves, layout)
+  tied = {layout["head"].name} if config.tied_head else set()
+  names, extra = {}, []
+  for name in files.where:
+    known = next((alias for alias in _aliases(name, family) if alias in expected), None)
+    if known:
+      names[known] = name
+    elif not name.endswith(family.IGNORED) and not tied & set(_aliases(name, family)):
+      extra.append(name)
+  problems = [f"{n} is missing" for n in sorted(expected.keys() - names.keys())]
+  problems += [f"{n} is not part of this architecture" for n in sorted(extra)]
+  for n in sorted(names):
+    if files.shape(names[n]) != expected[n]:
+      problems.append(f"{names[n]} has shape {files.shape(names[n])}, {expected[n]} is needed")
   if problems:
     more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
     raise UserError(f"{files.folder} does not hold the model that its config.json describes: "
                     f"{'; '.join(problems[:8])}{more}.")
+  return names
+
+
+def _aliases(name: str, family) -> list[str]:
+  """The names by which the layout may know a tensor: as saved today, without the model's prefix, or with the first
+  releases' names of a layer norm's parameters."""
+  today = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name))
+  prefixes = family.PREFIX if isinstance(family.PREFIX, tuple) else (family.PREFIX,)
+  return [today, *(prefix + today for prefix in prefixes)]

@@ -13,7 +13,7 @@ from jaxbias.data.tokens import Tokenizer, check_vocabulary, load_tokenizer
 from jaxbias.mesh import make_mesh, param_shardings
 from jaxbias.models.checkpoints import load_params, read_config
 from jaxbias.models.config import ModelConfig
-from jaxbias.models.families import family_of
+from jaxbias.models.families import model_config
 from jaxbias.models.sources import resolve
 from jaxbias.models.transformer import Transformer, abstract_variables
 
@@ -44,7 +44,7 @@ def load(source: str, dtype: str | None = None, mesh: Mesh | None = None, remat:
   mesh = mesh or make_mesh({"data": -1})
   found = resolve(source)
   hf = read_config(found.path)
-  config = family_of(hf).model_config(hf).with_dtype(dtype)
+  config = model_config(hf).with_dtype(dtype)
   tokenizer = load_tokenizer(found.path)
   check_vocabulary(tokenizer, config.vocab_size)
   module = Transformer(config, remat=remat)

@@ -1,7 +1,8 @@
 """Norms, rotary positions, attention, MLP and the LoRA-aware projection, as small Linen modules.
 
 Every parameter names its logical axes where it is made; initialisation, sharding, restore and import read
-that one declaration. Axis letters as in `jaxbias.types`; H heads, G kv heads, C channels of a head, F mlp.
+that one declaration. Axis letters as in `jaxbias.types`; S positions that are looked at (T of them, or a cache's),
+H heads, G kv heads, C channels of a head, R channels that rotary positions turn.
 """
 
 from __future__ import annotations
@@ -11,9 +12,18 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from jaxbias.models.config import ModelConfig
+from jaxbias.models.attention import attend
+from jaxbias.models.config import ModelConfig, Rope
 
 SITES = ("residual_in", "attention_out", "mlp_out", "residual_out")  # activations of a block that have names
+
+ACTIVATIONS = {
+  "silu": nn.silu,
+  "relu": nn.relu,
+  "gelu": lambda x: nn.gelu(x, approximate=False),
+  "gelu_tanh": lambda x: nn.gelu(x, approximate=True),
+  "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
+}
 
 
 @flax.struct.dataclass
@@ -28,53 +38,107 @@ class Edit:
 
 
 @flax.struct.dataclass
-class Context:
-  """What every layer reads besides its input: the mask and the rotary tables, made once per forward."""
+class Cache:
+  """Keys and values of every layer, [L, B, S, G, C], and what their slots hold, int32 [B, S] (segment 0 = nothing).
 
-  mask: jax.Array  # bool [B, 1, T, T], true where a query may look
-  cos: jax.Array  # float32 [B, T, 1, C]
-  sin: jax.Array  # float32 [B, T, 1, C]
-
-
-def attention_mask(segment_BT: jax.Array, branch_BT: jax.Array | None = None) -> jax.Array:
-  """bool [B, 1, T, T]: earlier positions of the same segment, in the shared prefix or in the same branch.
-
-  Padding sees padding, so that no softmax row is empty; nobody else sees it.
+  New tokens are written from slot `length` on, the same for all rows.
   """
-  T = segment_BT.shape[1]
-  seen = segment_BT[:, :, None] == segment_BT[:, None, :]
-  if branch_BT is not None:
-    seen &= (branch_BT[:, None, :] == 0) | (branch_BT[:, :, None] == branch_BT[:, None, :])
-  return (seen & jnp.tri(T, dtype=bool))[:, None]
+
+  k: jax.Array
+  v: jax.Array
+  segment: jax.Array
+  position: jax.Array
+  length: jax.Array  # int32 []
 
 
-def rotary_tables(position_BT: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
-  """cos and sin [B, T, 1, C], the two halves of a head turning together (Su et al. 2021, Hugging Face's order)."""
-  inverse = theta ** -(jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-  angle = position_BT[..., None].astype(jnp.float32) * inverse
+@flax.struct.dataclass
+class Context:
+  """What every layer reads besides its input, made once per forward: a mask for each kind of layer, rotary tables."""
+
+  masks: tuple[jax.Array, ...]  # bool [B, 1, T, S], true where a query may look
+  cos: tuple[jax.Array, ...]  # float32 [B, T, 1, R]
+  sin: tuple[jax.Array, ...]  # float32 [B, T, 1, R]
+  write_at: jax.Array | None = None  # int32 []: the cache slot of the first new token
+
+
+@flax.struct.dataclass
+class PerLayer:
+  """What a layer has of its own; the leading layer axis is cut by the scan."""
+
+  kind: jax.Array  # int32 []: index into `config.kinds`
+  number: jax.Array  # int32 []: 0 for the first layer
+  lora_scale: jax.Array | None  # float32 []
+  edits: dict[str, Edit]
+  cache: tuple[jax.Array, jax.Array] | None  # keys and values [B, S, G, C]
+
+
+def visible(
+  query: tuple[jax.Array, ...], key: tuple[jax.Array, ...], causal: bool, window: int | None = None
+) -> jax.Array:
+  """bool [B, 1, T, S]: positions of the same segment, in the shared prefix or in the same branch, not later than the
+  query in a causal model, and less than `window` away (in positions, which restart behind a shared prefix).
+
+  query, key: (segment, position, branch), int32 [B, T] and [B, S] each. Padding sees padding, so that no softmax row
+  is empty; nobody else sees it.
+  """
+  (seg_q, pos_q, branch_q), (seg_k, pos_k, branch_k) = query, key
+  seen = seg_q[:, :, None] == seg_k[:, None, :]
+  if branch_q is not None:
+    seen &= (branch_k[:, None, :] == 0) | (branch_q[:, :, None] == branch_k[:, None, :])
+  ahead = pos_k[:, None, :] - pos_q[:, :, None]
+  if causal:
+    seen &= ahead <= 0
+  if window is not None:
+    seen &= jnp.abs(ahead) < window
+  return seen[:, None]
+
+
+def rotary_tables(rope: Rope, position_BT: jax.Array, segment_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """cos and sin [B, T, 1, R], the two halves of the turned channels together (Su et al. 2021, Hugging Face's order)."""
+  angle = position_BT[..., None].astype(jnp.float32) * jnp.asarray(rope.inverse, jnp.float32)
+  if rope.long_inverse is not None:
+    same_BTS = segment_BT[:, :, None] == segment_BT[:, None, :]
+    longest_BT = jnp.where(same_BTS, position_BT[:, None, :], 0).max(-1) + 1
+    longer = position_BT[..., None].astype(jnp.float32) * jnp.asarray(rope.long_inverse, jnp.float32)
+    angle = jnp.where(longest_BT[..., None] > rope.original_positions, longer, angle)
   angle = jnp.concatenate([angle, angle], axis=-1)[:, :, None, :]
-  return jnp.cos(angle), jnp.sin(angle)
+  return jnp.cos(angle) * rope.scale, jnp.sin(angle) * rope.scale
 
 
-def rotate(x_BTHC: jax.Array, context: Context) -> jax.Array:
-  """Rotary position embedding of queries or keys, in float32."""
-  x = x_BTHC.astype(jnp.float32)
+def rotate(x_BTHC: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+  """Rotary position embedding of queries or keys, in float32; channels past the table's stay as they are."""
+  turned, rest = jnp.split(x_BTHC, [cos.shape[-1]], axis=-1)
+  x = turned.astype(jnp.float32)
   first, second = jnp.split(x, 2, axis=-1)
-  turned = jnp.concatenate([-second, first], axis=-1)
-  return (x * context.cos + turned * context.sin).astype(x_BTHC.dtype)
+  turned = (x * cos + jnp.concatenate([-second, first], axis=-1) * sin).astype(x_BTHC.dtype)
+  return jnp.concatenate([turned, rest], axis=-1) if rest.shape[-1] else turned
 
 
-class RMSNorm(nn.Module):
-  """x / rms(x) * scale, in float32 (Zhang and Sennrich 2019)."""
+def select(options: tuple[jax.Array, ...], index: jax.Array) -> jax.Array:
+  """options[index] for a traced index; nothing is copied where there is no choice."""
+  return options[0] if len(options) == 1 else jax.lax.select_n(index, *options)
 
+
+class Norm(nn.Module):
+  """RMS norm (Zhang and Sennrich 2019), Gemma's with 1 + scale, or layer norm (Ba et al. 2016); in float32."""
+
+  kind: str
   eps: float
+  axis: str | None = "embed"
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    scale = self.param("scale", nn.with_logical_partitioning(nn.initializers.ones, ("embed",)), (x.shape[-1],))
+    make = lambda name, init: self.param(name, nn.with_logical_partitioning(init, (self.axis,)), (x.shape[-1],))
+    ones, zeros = nn.initializers.ones, nn.initializers.zeros
+    scale = make("scale", zeros if self.kind == "rms_offset" else ones).astype(jnp.float32)
     x32 = x.astype(jnp.float32)
+    if self.kind == "layer":
+      x32 -= jnp.mean(x32, axis=-1, keepdims=True)
     normed = x32 * jax.lax.rsqrt(jnp.mean(x32**2, axis=-1, keepdims=True) + self.eps)
-    return (normed * scale).astype(x.dtype)
+    normed *= 1 + scale if self.kind == "rms_offset" else scale
+    if self.kind == "layer":
+      normed += make("bias", zeros).astype(jnp.float32)
+    return normed.astype(x.dtype)
 
 
 @jax.custom_vjp
@@ -101,53 +165,79 @@ low_rank.defvjp(_low_rank_forward, _low_rank_backward)
 
 
 class Projection(nn.Module):
-  """x W (+ b), plus scale * x A B when the `lora` collection holds an adapter for it (Hu et al. 2021)."""
+  """x W (+ b), plus scale * drop(x) A B when the `lora` collection holds an adapter for it (Hu et al. 2021)."""
 
   features: int
-  axes: tuple[str, str]
+  axes: tuple[str | None, str | None]
   bias: bool = False
+  lora_dropout: float = 0.0  # applied where a `dropout` key is given: in training
 
   @nn.compact
-  def __call__(self, x: jax.Array, lora_scale: jax.Array | None) -> jax.Array:
+  def __call__(self, x: jax.Array, lora_scale: jax.Array | None = None) -> jax.Array:
     init = nn.with_logical_partitioning(nn.initializers.normal(0.02), self.axes)
     kernel = self.param("kernel", init, (x.shape[-1], self.features))
     y = x @ kernel.astype(x.dtype)
     if self.bias:
-      y += self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, self.axes[1:]), (self.features,))
+      bias = self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, self.axes[1:]), (self.features,))
+      y += bias.astype(x.dtype)
     if self.has_variable("lora", "a"):
       a, b = self.get_variable("lora", "a"), self.get_variable("lora", "b")
-      y += low_rank(x, a.astype(x.dtype), (b * lora_scale).astype(x.dtype))
+      dropped = nn.Dropout(self.lora_dropout, deterministic=not self.has_rng("dropout"))(x)
+      y += low_rank(dropped, a.astype(x.dtype), (b * lora_scale).astype(x.dtype))
     return y
 
 
 class Attention(nn.Module):
-  """Causal self-attention with grouped key-value heads."""
+  """Self-attention with grouped key-value heads. With a cache, returns the layer's keys and values with the new ones."""
 
   config: ModelConfig
+  lora_dropout: float
 
   @nn.compact
-  def __call__(self, x_BTD: jax.Array, context: Context, lora_scale: jax.Array | None) -> jax.Array:
+  def __call__(self, x_BTD: jax.Array, context: Context, layer: PerLayer) -> tuple[jax.Array, tuple | None]:
     c = self.config
     B, T, D = x_BTD.shape
-    project = lambda heads, name, axis: Projection(heads * c.head_dim, ("embed", axis), c.attention_bias, name=name)(
-      x_BTD, lora_scale
-    ).reshape(B, T, heads, c.head_dim)
-    q_BTHC = rotate(project(c.num_heads, "q", "heads"), context)
-    k_BTGC = rotate(project(c.num_kv_heads, "k", "kv_heads"), context)
-    v_BTGC = project(c.num_kv_heads, "v", "kv_heads")
-    mixed = jax.nn.dot_product_attention(q_BTHC, k_BTGC, v_BTGC, mask=context.mask, scale=c.head_dim**-0.5)
-    out = Projection(D, ("heads", "embed"), c.attention_bias, name="o")
-    return out(mixed.reshape(B, T, c.num_heads * c.head_dim), lora_scale)
+
+    def project(name: str, heads: int, axis: str) -> jax.Array:
+      dense = Projection(heads * c.head_dim, ("embed", axis), c.qkv_bias, self.lora_dropout, name=name)
+      x = dense(x_BTD, layer.lora_scale)
+      if c.qk_norm == "whole" and name != "v":
+        x = Norm(c.norm, c.norm_eps, axis, name=f"{name}_norm")(x)
+      x = x.reshape(B, T, heads, c.head_dim)
+      if c.qk_norm == "head" and name != "v":
+        x = Norm(c.norm, c.norm_eps, None, name=f"{name}_norm")(x)
+      if c.ropes and name != "v":
+        rope = jnp.asarray([kind.rope for kind in c.kinds])[layer.kind]
+        x = rotate(x, select(context.cos, rope), select(context.sin, rope))
+      return x
+
+    q_BTHC = project("q", c.num_heads, "heads")
+    k_BSGC, v_BSGC = project("k", c.num_kv_heads, "kv_heads"), project("v", c.num_kv_heads, "kv_heads")
+    if c.inverse_layer_scale:
+      q_BTHC = (q_BTHC / (layer.number + 1)).astype(q_BTHC.dtype)
+    cached = None
+    if layer.cache is not None:
+      put = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), context.write_at, axis=1)
+      cached = k_BSGC, v_BSGC = put(layer.cache[0], k_BSGC), put(layer.cache[1], v_BSGC)
+    mask = select(context.masks, layer.kind)
+    mixed = attend(q_BTHC, k_BSGC, v_BSGC, mask, c.score_scale, c.attention_softcap)
+    out = Projection(D, ("heads", "embed"), c.output_bias, self.lora_dropout, name="o")
+    return out(mixed.reshape(B, T, c.num_heads * c.head_dim), layer.lora_scale), cached
 
 
 class MLP(nn.Module):
-  """Gated linear unit: down(silu(gate(x)) * up(x))."""
+  """down(f(gate(x)) * up(x)), or down(f(up(x))) without a gate."""
 
   config: ModelConfig
+  lora_dropout: float
 
   @nn.compact
-  def __call__(self, x_BTD: jax.Array, lora_scale: jax.Array | None) -> jax.Array:
-    c = self.config
-    gate = Projection(c.mlp_size, ("embed", "mlp"), c.mlp_bias, name="gate")(x_BTD, lora_scale)
-    up = Projection(c.mlp_size, ("embed", "mlp"), c.mlp_bias, name="up")(x_BTD, lora_scale)
-    return Projection(c.hidden_size, ("mlp", "embed"), c.mlp_bias, name="down")(nn.silu(gate) * up, lora_scale)
+  def __call__(self, x_BTD: jax.Array, layer: PerLayer) -> jax.Array:
+    c, f = self.config, ACTIVATIONS[self.config.activation]
+    make = lambda name, size, axes: Projection(size, axes, c.mlp_bias, self.lora_dropout, name=name)
+    up = make("up", c.mlp_size, ("embed", "mlp"))(x_BTD, layer.lora_scale)
+    if c.gated_mlp:
+      h = f(make("gate", c.mlp_size, ("embed", "mlp"))(x_BTD, layer.lora_scale)) * up
+    else:
+      h = f(up)
+    return make("down", c.hidden_size, ("mlp", "embed"))(h, layer.lora_scale)

@@ -21,7 +21,7 @@ from jaxbias.data.pipeline import Segment, pack, packed_batches
 from jaxbias.losses.logprobs import gather_positions, token_logprobs
 from jaxbias.mesh import batch_sharding, batch_shards
 from jaxbias.models.language_model import LanguageModel
-from jaxbias.models.transformer import Transformer, head_matrix
+from jaxbias.models.transformer import Transformer, head
 
 FORMAT = 1  # raise it when what is stored changes
 
@@ -46,7 +46,7 @@ def _forward(module: Transformer, mesh):
   def run(params, arrays):
     hidden, _ = module.apply({"params": params}, *(arrays[n] for n in ("tokens", "segment", "position")))
     scored = gather_positions(hidden, arrays["score_at"])
-    logprob = token_logprobs(scored, head_matrix(params, module.config), arrays["target"])
+    logprob = token_logprobs(scored, head(params, module.config), arrays["target"])
     return logprob, gather_positions(hidden, arrays["kl_at"]).astype("float32")
 
   sharding = batch_sharding(mesh)

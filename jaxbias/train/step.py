@@ -14,14 +14,15 @@ import optax
 
 from jaxbias.losses.logprobs import forward_kl, gather_positions, token_logprobs
 from jaxbias.losses.registry import LossContext, Objective, evaluate
-from jaxbias.models.transformer import Transformer, head_matrix
+from jaxbias.models import transformer
+from jaxbias.models.transformer import Transformer
 from jaxbias.types import Batch, LossOutput, TrainState
 
 
 def loss(module: Transformer, objective: Objective, lora: Any, frozen: Mapping, batch: Batch, coefficients: Mapping):
   """(total, (LossOutput, log-probability per segment [B, S])) of the adapted model on one batch."""
   hidden, _ = module.apply({"lora": lora, **frozen}, batch.tokens, batch.segment, batch.position)
-  head = head_matrix(frozen["params"], module.config)
+  head = transformer.head(frozen["params"], module.config)
   logprob_BP = token_logprobs(gather_positions(hidden, batch.score_at), head, batch.target)
   kl_BK = None
   if objective.kl_roles:

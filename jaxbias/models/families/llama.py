@@ -1,64 +1,101 @@
-"""Llama 1-3 and its likes (SmolLM, TinyLlama): config keys and checkpoint names."""
+"""Llama 1-3 and its likes: SmolLM, TinyLlama, Mistral, Qwen 2 and 3, OLMo 2, Phi 3."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from jaxbias.errors import UserError
-from jaxbias.models.config import ModelConfig
+from jaxbias.models.config import CAUSAL, ModelConfig
+from jaxbias.models.families.layout import Rows, Stored, linear, norm
+from jaxbias.models.keys import Keys
 
-ARCHITECTURES = ("LlamaForCausalLM",)
-
-# our leaf -> Hugging Face's tensor; {} is the layer. Kernels are stored [out, in] there and [in, out] here.
-NAMES = {
-  "embedding": "model.embed_tokens.weight",
-  "head": "lm_head.weight",
-  "final_norm/scale": "model.norm.weight",
-  "layers/attention_norm/scale": "model.layers.{}.input_layernorm.weight",
-  "layers/mlp_norm/scale": "model.layers.{}.post_attention_layernorm.weight",
-  **{f"layers/attention/{x}/kernel": f"model.layers.{{}}.self_attn.{x}_proj.weight" for x in "qkvo"},
-  **{f"layers/attention/{x}/bias": f"model.layers.{{}}.self_attn.{x}_proj.bias" for x in "qkvo"},
-  **{f"layers/mlp/{x}/kernel": f"model.layers.{{}}.mlp.{x}_proj.weight" for x in ("gate", "up", "down")},
-  **{f"layers/mlp/{x}/bias": f"model.layers.{{}}.mlp.{x}_proj.bias" for x in ("gate", "up", "down")},
-}
-
-REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-IGNORED_TENSORS = ("rotary_emb.inv_freq",)  # recomputed, and the same in every checkpoint that carries it
+ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Olmo2ForCausalLM",
+                 "Phi3ForCausalLM")  # fmt: skip
+PREFIX = "model."  # some checkpoints are saved without it
+IGNORED = ("rotary_emb.inv_freq",)  # recomputed, and the same in every checkpoint that carries it
 
 
-def model_config(hf: Mapping) -> ModelConfig:
-  """ModelConfig from a config.json, today's layout (`rope_parameters`) or the older one (`rope_theta`).
-
-  Raises UserError for a size that is missing, and for a setting that would change the result and is not supported.
-  """
-  if missing := [key for key in REQUIRED if not isinstance(hf.get(key), int)]:
-    raise UserError(f"config.json has no whole number for {', '.join(f'`{key}`' for key in missing)}.")
-  rope = dict(hf.get("rope_parameters") or {})
-  rope.setdefault("rope_theta", hf.get("rope_theta", 10000.0))
-  scaling = rope.get("rope_type") or (hf.get("rope_scaling") or {}).get("rope_type")
-  scaling = scaling or (hf.get("rope_scaling") or {}).get("type", "default")
-  if scaling != "default":
-    raise UserError(f"config.json asks for rope scaling `{scaling}`, which is not supported; `default` is.")
-  if hf.get("hidden_act", "silu") != "silu":
-    raise UserError(f"config.json asks for hidden_act `{hf['hidden_act']}`, which is not supported; `silu` is.")
-  if hf.get("pretraining_tp", 1) != 1:
-    raise UserError("config.json asks for pretraining_tp other than 1, which is not supported.")
-  heads = hf["num_attention_heads"]
-  return ModelConfig(
+def model_config(keys: Keys, architecture: str) -> ModelConfig:
+  layers, heads, width = keys.size("num_hidden_layers"), keys.size("num_attention_heads"), keys.size("hidden_size")
+  head_dim = keys.size("head_dim", width // heads) if architecture != "Phi3ForCausalLM" else width // heads
+  common = dict(
     family="llama",
-    vocab_size=hf["vocab_size"],
-    hidden_size=hf["hidden_size"],
-    mlp_size=hf["intermediate_size"],
-    num_layers=hf["num_hidden_layers"],
+    architecture=architecture,
+    task=CAUSAL,
+    vocab_size=keys.size("vocab_size"),
+    hidden_size=width,
+    mlp_size=keys.size("intermediate_size"),
+    num_layers=layers,
     num_heads=heads,
-    num_kv_heads=hf.get("num_key_value_heads") or heads,
-    head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
-    max_positions=hf.get("max_position_embeddings", 2048),
-    norm_eps=hf.get("rms_norm_eps", 1e-6),
-    rope_theta=float(rope["rope_theta"]),
-    tied_head=bool(hf.get("tie_word_embeddings", False)),
-    attention_bias=bool(hf.get("attention_bias", False)),
-    mlp_bias=bool(hf.get("mlp_bias", False)),
-    bos_id=hf.get("bos_token_id"),
-    eos_id=hf["eos_token_id"][0] if isinstance(hf.get("eos_token_id"), list) else hf.get("eos_token_id"),
+    num_kv_heads=keys.size("num_key_value_heads", heads),
+    head_dim=head_dim,
+    max_positions=keys.size("max_position_embeddings", 2048),
+    norm_eps=keys.number("rms_norm_eps", 1e-6),
+    activation=keys.activation("hidden_act", "silu"),
+    tied_head=keys.flag("tie_word_embeddings"),
+    ropes=(keys.rope(head_dim),),
+    **keys.special_ids(),
   )
+  return ModelConfig(**common | QUIRKS[architecture](keys, layers))
+
+
+def _llama(keys: Keys, layers: int) -> dict:
+  keys.one_of("pretraining_tp", (1,), 1)
+  bias = keys.flag("attention_bias")
+  return {"qkv_bias": bias, "output_bias": bias, "mlp_bias": keys.flag("mlp_bias")}
+
+
+def _mistral(keys: Keys, layers: int) -> dict:
+  window = keys.get("sliding_window")
+  return keys.layer_kinds(layers, window, [window is not None] * layers)
+
+
+def _qwen2(keys: Keys, layers: int) -> dict:
+  """The last layers slide where `use_sliding_window` says so; biases on queries, keys and values only."""
+  window = keys.get("sliding_window") if keys.flag("use_sliding_window") else None
+  first = keys.get("max_window_layers", 28)
+  return {"qkv_bias": True} | keys.layer_kinds(layers, window, [window is not None and i >= first for i in range(layers)])
+
+
+def _qwen3(keys: Keys, layers: int) -> dict:
+  bias = keys.flag("attention_bias")
+  return _qwen2(keys, layers) | {"qkv_bias": bias, "output_bias": bias, "qk_norm": "head"}
+
+
+def _olmo2(keys: Keys, layers: int) -> dict:
+  bias = keys.flag("attention_bias")
+  return {"qkv_bias": bias, "output_bias": bias, "qk_norm": "whole", "norm_order": "output"}
+
+
+QUIRKS = {
+  "LlamaForCausalLM": _llama, "MistralForCausalLM": _mistral, "Qwen2ForCausalLM": _qwen2, "Qwen3ForCausalLM": _qwen3,
+  "Olmo2ForCausalLM": _olmo2, "Phi3ForCausalLM": _mistral,
+}  # fmt: skip
+
+
+def layout(c: ModelConfig) -> Mapping[str, Stored]:
+  theirs = "model.layers.{}."
+  out = {"embedding": Stored("model.embed_tokens.weight")} | norm("final_norm", "model.norm")
+  out |= {"head": Stored("lm_head.weight")}
+  if c.norm_order == "output":
+    out |= norm("layers/attention_norm", f"{theirs}post_attention_layernorm")
+    out |= norm("layers/mlp_norm", f"{theirs}post_feedforward_layernorm")
+  else:
+    out |= norm("layers/attention_norm", f"{theirs}input_layernorm")
+    out |= norm("layers/mlp_norm", f"{theirs}post_attention_layernorm")
+  attention, mlp = f"{theirs}self_attn.", f"{theirs}mlp."
+  out |= linear("layers/attention/o", f"{attention}o_proj", c.output_bias)
+  out |= linear("layers/mlp/down", f"{mlp}down_proj", c.mlp_bias)
+  if c.qk_norm:
+    out |= norm("layers/attention/q_norm", f"{attention}q_norm") | norm("layers/attention/k_norm", f"{attention}k_norm")
+  if c.architecture == "Phi3ForCausalLM":  # fused projections
+    sizes = tuple(heads * c.head_dim for heads in (c.num_heads, c.num_kv_heads, c.num_kv_heads))
+    for part, x in enumerate("qkv"):
+      out |= linear(f"layers/attention/{x}", f"{attention}qkv_proj", rows=Rows(part, sizes))
+    for part, x in enumerate(("gate", "up")):
+      out |= linear(f"layers/mlp/{x}", f"{mlp}gate_up_proj", rows=Rows(part, (c.mlp_size, c.mlp_size)))
+    return out
+  for x in "qkv":
+    out |= linear(f"layers/attention/{x}", f"{attention}{x}_proj", c.qkv_bias)
+  for x in ("gate", "up"):
+    out |= linear(f"layers/mlp/{x}", f"{mlp}{x}_proj", c.mlp_bias)
+  return out

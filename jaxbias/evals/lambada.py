@@ -1,0 +1,67 @@
+"""LAMBADA (Paperno et al. 2016): the last word of a passage that only the whole passage makes likely.
+
+Axis letters: E passages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from jaxbias.data.fields import json_lines, string, text_file
+from jaxbias.data.rows import Choice
+from jaxbias.errors import UserError
+from jaxbias.evals import stats
+from jaxbias.evals.metrics import Benchmark, Higher, Lower, Result
+from jaxbias.evals.task import CAUSAL, TOKENS, Task, TokenScores
+
+
+def load(path: str) -> list[Choice]:
+  """Passages split before their last space: lines of {"text"} in a .jsonl, plain lines in any other file.
+
+  Raises UserError for a passage of one word.
+  """
+  if str(path).endswith(".jsonl"):
+    passages = ((where, string(record, "text", where)) for where, record in json_lines(path))
+  else:
+    lines = enumerate(text_file(path).split("\n"), start=1)
+    passages = ((f"{path} line {number}", line) for number, line in lines if line.strip())
+  found = [_split(text, where, f"p{number}") for number, (where, text) in enumerate(passages, start=1)]
+  if not found:
+    raise UserError(f"{path} holds no passages.")
+  return found
+
+
+def _split(text: str, where: str, identity: str) -> Choice:
+  context, _, last = text.rpartition(" ")
+  if not context.strip() or not last.strip():
+    raise UserError(f"{where}: `text` needs a last word with a space before it.")
+  return Choice(identity, context, (" " + last,))
+
+
+def reduce(passages: Sequence[Choice], answers: Mapping[str, Sequence[TokenScores]], **how) -> Result:
+  """Perplexity of the last word, exp of the mean over passages of its NLL (summed over tokens), and accuracy, %.
+
+  A word is right if every one of its tokens is the most probable one, as in lm-evaluation-harness.
+  """
+  missing = [passage.id for passage in passages if passage.id not in answers]
+  if missing:
+    raise UserError(f"the answers lack {len(missing)} of {len(passages)} ids, `{missing[0]}` first.")
+  tokens = [answers[passage.id][0] for passage in passages]
+  nll_E = np.array([-np.sum(word.logprob) for word in tokens])
+  acc_E = 100.0 * np.array([np.all(word.greedy) for word in tokens])
+  perplexity = lambda count_RE: np.exp(stats.cluster_mean(count_RE, nll_E[None]))
+  return Result({"overall": {"perplexity": stats.bootstrap_interval(perplexity, nll_E.shape, **how),
+                             "acc": stats.mean_over_clusters(acc_E, **how)}}, {"nll": nll_E, "acc": acc_E})
+
+
+def _task(name: str, source: str) -> Task:
+  return Task(Benchmark(name, {"perplexity": Lower(), "acc": Higher("%")}, source, cluster="passage"),
+              CAUSAL, TOKENS, load, list, reduce)
+
+
+TASKS = (
+  _task("lambada_openai", "Paperno et al. 2016; OpenAI's text, lm-evaluation-harness lambada_openai"),
+  _task("lambada_standard", "Paperno et al. 2016; the authors' tokenised text, lm-evaluation-harness lambada_standard"),
+)
