@@ -5,6 +5,7 @@ Axis letters: E passages.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -12,8 +13,8 @@ import numpy as np
 from jaxbias.data.fields import json_lines, string, text_file
 from jaxbias.data.rows import Choice
 from jaxbias.errors import UserError
-from jaxbias.evals import stats
 from jaxbias.evals.metrics import Benchmark, Higher, Lower, Result
+from jaxbias.evals.tabulate import tabulate
 from jaxbias.evals.task import CAUSAL, TOKENS, Task, TokenScores
 
 
@@ -40,7 +41,8 @@ def _split(text: str, where: str, identity: str) -> Choice:
   return Choice(identity, context, (" " + last,))
 
 
-def reduce(passages: Sequence[Choice], answers: Mapping[str, Sequence[TokenScores]], **how) -> Result:
+def reduce(passages: Sequence[Choice], answers: Mapping[str, Sequence[TokenScores]], *,
+           benchmark: Benchmark, **how) -> Result:
   """Perplexity of the last word, exp of the mean over passages of its NLL (summed over tokens), and accuracy, %.
 
   A word is right if every one of its tokens is the most probable one, as in lm-evaluation-harness.
@@ -49,16 +51,15 @@ def reduce(passages: Sequence[Choice], answers: Mapping[str, Sequence[TokenScore
   if missing:
     raise UserError(f"the answers lack {len(missing)} of {len(passages)} ids, `{missing[0]}` first.")
   tokens = [answers[passage.id][0] for passage in passages]
-  nll_E = np.array([-np.sum(word.logprob) for word in tokens])
-  acc_E = 100.0 * np.array([np.all(word.greedy) for word in tokens])
-  perplexity = lambda count_RE: np.exp(stats.cluster_mean(count_RE, nll_E[None]))
-  return Result({"overall": {"perplexity": stats.bootstrap_interval(perplexity, nll_E.shape, **how),
-                             "acc": stats.mean_over_clusters(acc_E, **how)}}, {"nll": nll_E, "acc": acc_E})
+  item_E = {"nll": np.array([-np.sum(word.logprob) for word in tokens]),
+            "acc": 100.0 * np.array([np.all(word.greedy) for word in tokens])}
+  return tabulate(benchmark, item_E, {"overall": np.ones(len(tokens), bool)}, [passage.id for passage in passages],
+                  {"perplexity": lambda mean: np.exp(mean["nll"])}, **how)
 
 
 def _task(name: str, source: str) -> Task:
-  return Task(Benchmark(name, {"perplexity": Lower(), "acc": Higher("%")}, source, cluster="passage"),
-              CAUSAL, TOKENS, load, list, reduce)
+  benchmark = Benchmark(name, {"perplexity": Lower(), "acc": Higher("%")}, source, cluster="passage")
+  return Task(benchmark, CAUSAL, TOKENS, load, list, functools.partial(reduce, benchmark=benchmark))
 
 
 TASKS = (

@@ -18,8 +18,8 @@ import numpy as np
 from jaxbias.data.fields import json_lines, string
 from jaxbias.data.rows import Choice
 from jaxbias.errors import UserError
-from jaxbias.evals import stats
 from jaxbias.evals.metrics import Benchmark, Higher, Neutral, Result, Scores, score_array
+from jaxbias.evals.tabulate import tabulate
 from jaxbias.evals.task import CAUSAL, SCORES, Task
 
 METRICS = {"acc": Higher("%"), "acc_norm": Higher("%"), "chance": Neutral("%"), "ties": Neutral("%")}
@@ -70,7 +70,7 @@ def rows(questions: Sequence[Question], prompt: str = QUESTION_ANSWER) -> list[C
   return [Choice(q.id, prompt.format(q.text), tuple(" " + option for option in q.options)) for q in questions]
 
 
-def reduce(questions: Sequence[Question], scores: Scores, **how) -> Result:
+def reduce(questions: Sequence[Question], scores: Scores, *, benchmark: Benchmark, **how) -> Result:
   """Accuracy, %: the most likely option is right (`acc`), or the most likely by UTF-8 byte of its text (`acc_norm`).
 
   As lm-evaluation-harness counts: bytes without the space before it, the first of several equal ones. `ties` is how
@@ -84,15 +84,14 @@ def reduce(questions: Sequence[Question], scores: Scores, **how) -> Result:
     items["acc_norm"].append(q.right[int((score_O / byte_O).argmax())])
     items["chance"].append(np.mean(q.right))
     items["ties"].append(np.sum(score_O == score_O.max()) > 1)
-  value_E = {name: 100.0 * np.array(values, np.float64) for name, values in items.items()}
-  ids = [q.id for q in questions]
-  return Result({"overall": {name: stats.mean_over_examples(values, ids, **how) for name, values in value_E.items()}},
-                value_E)
+  item_E = {name: 100.0 * np.array(values, float) for name, values in items.items()}
+  return tabulate(benchmark, item_E, {"overall": np.ones(len(questions), bool)}, [q.id for q in questions], **how)
 
 
 def _task(name: str, source: str, prompt: str = QUESTION_ANSWER) -> Task:
-  return Task(Benchmark(name, METRICS, source, cluster="question"), CAUSAL, SCORES, load,
-              functools.partial(rows, prompt=prompt), reduce)
+  benchmark = Benchmark(name, METRICS, source, cluster="question")
+  return Task(benchmark, CAUSAL, SCORES, load, functools.partial(rows, prompt=prompt),
+              functools.partial(reduce, benchmark=benchmark))
 
 
 TASKS = (

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,11 +19,16 @@ import numpy as np
 from jaxbias.data.fields import field, json_lines, text_file
 from jaxbias.data.rows import Running
 from jaxbias.errors import UserError
-from jaxbias.evals import stats
 from jaxbias.evals.metrics import Benchmark, Lower, Result, Scores, score_array
+from jaxbias.evals.tabulate import tabulate
 from jaxbias.evals.task import CAUSAL, SCORES, Task
 
-METRICS = {"perplexity": Lower(), "word_perplexity": Lower(), "byte_perplexity": Lower(), "bits_per_byte": Lower()}
+FORMULAS = {  # of means over documents; words and bytes are the original's
+  "perplexity": lambda mean: np.exp(mean["nll"] / mean["tokens"]),
+  "word_perplexity": lambda mean: np.exp(mean["nll"] / mean["words"]),
+  "byte_perplexity": lambda mean: np.exp(mean["nll"] / mean["bytes"]),
+  "bits_per_byte": lambda mean: mean["nll"] / mean["bytes"] / np.log(2.0),
+}
 PASSAGE = 4096  # characters at least, unless the text ends
 
 
@@ -109,26 +113,22 @@ def rows(documents: Sequence[Document], **window) -> list[Running]:
   return [Running(document.id, document.text, **window) for document in documents]
 
 
-def reduce(documents: Sequence[Document], scores: Scores, **how) -> Result:
-  """exp of the NLL of all documents together, by predicted token, word and byte; bits are nats / log 2.
+def reduce(documents: Sequence[Document], scores: Scores, *, benchmark: Benchmark, **how) -> Result:
+  """exp of the NLL of all documents together per predicted token, word and byte; bits are nats / log 2.
 
   The interval draws documents; one document has none.
   """
   logprob_E, token_E = np.moveaxis(score_array([document.id for document in documents], scores, 1)[:, 0], -1, 0)
-  nll_E = -logprob_E
-  weight = {"perplexity": token_E, "word_perplexity": np.array([d.words for d in documents], np.float64),
-            "byte_perplexity": np.array([d.bytes for d in documents], np.float64)}
-  ratio = lambda count_RE, name: stats.cluster_ratio(count_RE, nll_E[None], weight[name])
-  statistics = {name: (lambda count_RE, name=name: np.exp(ratio(count_RE, name))) for name in weight}
-  statistics["bits_per_byte"] = lambda count_RE: ratio(count_RE, "byte_perplexity") / math.log(2)
-  return Result({"overall": {name: stats.bootstrap_interval(statistics[name], nll_E.shape, **how) for name in METRICS}},
-                {"nll": nll_E, "tokens": token_E, "words": weight["word_perplexity"],
-                 "bytes": weight["byte_perplexity"]})
+  item_E = {"nll": -logprob_E, "tokens": token_E, "words": np.array([document.words for document in documents]),
+            "bytes": np.array([document.bytes for document in documents])}
+  return tabulate(benchmark, item_E, {"overall": np.ones(len(documents), bool)},
+                  [document.id for document in documents], FORMULAS, **how)
 
 
 def _task(name: str, source: str, load, cluster: str, **window) -> Task:
-  asked = functools.partial(rows, **window)
-  return Task(Benchmark(name, METRICS, source, cluster), CAUSAL, SCORES, load, asked, reduce)
+  benchmark = Benchmark(name, {metric: Lower() for metric in FORMULAS}, source, cluster)
+  return Task(benchmark, CAUSAL, SCORES, load, functools.partial(rows, **window),
+              functools.partial(reduce, benchmark=benchmark))
 
 
 # bias-bench and the recipe give each window the weight of all its tokens though its first is not predicted; here each

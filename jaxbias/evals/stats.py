@@ -12,7 +12,7 @@ Two models on the same items are compared by the items' differences: `mean_over_
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -75,20 +75,6 @@ def by_cluster(value_ME: np.ndarray, cluster: Sequence[str]) -> tuple[np.ndarray
 def mean_over_examples(value_ME: np.ndarray, cluster: Sequence[str], **how) -> Estimate:
   """The plain mean over examples, [E] or [M, E], with the interval from whole clusters."""
   return ratio_over_clusters(*by_cluster(np.atleast_2d(value_ME), cluster), **how)
-
-
-def means_by_group(value_E: Mapping[str, np.ndarray], cluster: Sequence[str], groups: Mapping[str, Sequence[int]],
-                   **how) -> dict[str, dict[str, Estimate]]:
-  """{group: {metric: mean}} of one value an example for each metric; `groups` hold the places of their examples."""
-  cluster = np.asarray(cluster)
-  return {group: {name: mean_over_examples(values[list(chosen)], cluster[list(chosen)], **how)
-                  for name, values in value_E.items()} for group, chosen in groups.items()}
-
-
-def group_places(names: Sequence[str]) -> dict[str, list[int]]:
-  """{"overall": all places, name: the places where it stands}, names sorted."""
-  places = {name: [i for i, other in enumerate(names) if other == name] for name in sorted(set(names))}
-  return {"overall": list(range(len(names))), **places}
 
 
 def tie_rate(one_E: np.ndarray, other_E: np.ndarray, atol: float = 0.0) -> float:

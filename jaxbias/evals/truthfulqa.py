@@ -20,8 +20,8 @@ import numpy as np
 from jaxbias.data.fields import field, json_file, string, text_file
 from jaxbias.data.rows import Choice
 from jaxbias.errors import UserError
-from jaxbias.evals import stats
 from jaxbias.evals.metrics import Benchmark, Higher, Neutral, Result, Scores, score_array
+from jaxbias.evals.tabulate import tabulate
 from jaxbias.evals.task import CAUSAL, SCORES, Task
 
 PRIMER = "qa_primer.txt"
@@ -88,7 +88,8 @@ def rows(questions: Sequence[Question], full_stop: bool = False) -> list[Choice]
           for q in questions]
 
 
-def reduce(questions: Sequence[Question], scores: Scores, *, strict: bool = True, **how) -> Result:
+def reduce(questions: Sequence[Question], scores: Scores, *, benchmark: Benchmark, strict: bool = True,
+           **how) -> Result:
   """MC1, MC2 and MC3, %, each a mean over questions, with what a model without any preference would get.
 
   MC1: the best answer is above all false ones; other true ones don't take part. `strict` refuses a tie, otherwise the
@@ -107,16 +108,15 @@ def reduce(questions: Sequence[Question], scores: Scores, *, strict: bool = True
     items["mc1_chance"].append(1 / (1 + np.sum(~true_O)))
     items["mc2_chance"].append(true_O.mean())
     items["ties"].append(score_O[q.best] == highest)
-  value_E = {name: 100.0 * np.array(values, np.float64) for name, values in items.items()}
-  ids = [q.id for q in questions]
-  return Result({"overall": {name: stats.mean_over_examples(values, ids, **how) for name, values in value_E.items()}},
-                value_E)
+  item_E = {name: 100.0 * np.array(values, float) for name, values in items.items()}
+  return tabulate(benchmark, item_E, {"overall": np.ones(len(questions), bool)}, [q.id for q in questions], **how)
 
 
 def _task(name: str, source: str, primed: bool, full_stop: bool, strict: bool) -> Task:
-  return Task(Benchmark(name, METRICS, source, cluster="question"), CAUSAL, SCORES,
-              functools.partial(load, primed=primed), functools.partial(rows, full_stop=full_stop),
-              functools.partial(reduce, strict=strict))
+  benchmark = Benchmark(name, METRICS, source, cluster="question")
+  return Task(benchmark, CAUSAL, SCORES, functools.partial(load, primed=primed),
+              functools.partial(rows, full_stop=full_stop),
+              functools.partial(reduce, benchmark=benchmark, strict=strict))
 
 
 TASKS = (

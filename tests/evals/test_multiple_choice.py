@@ -29,7 +29,7 @@ def test_by_hand():
   questions = [Question("q1", "?", ("ab", "abcdef"), (False, True)), Question("q2", "?", ("é", "e"), (True, False))]
   scores = {"q1": [[-2.0, 1], [-3.0, 3]], "q2": [[-2.0, 1], [-2.0, 1]]}
   # q1: the sum takes "ab", per byte -1.0 against -0.5 takes the other. q2: a tie, then -1.0 (two bytes) against -2.0.
-  found = multiple_choice.reduce(questions, scores)
+  found = TASKS["piqa_cloze"].reduce(questions, scores)
   assert found.items["acc"].tolist() == [0.0, 100.0] and found.items["acc_norm"].tolist() == [100.0, 100.0]
   assert {name: estimate.value for name, estimate in found.estimates["overall"].items()} == {
     "acc": 50.0, "acc_norm": 100.0, "chance": 50.0, "ties": 50.0}  # fmt: skip
@@ -77,6 +77,6 @@ def test_every_question_of_the_subsets_is_read_and_a_random_scorer_is_at_chance(
   assert len(examples) == questions
   rng = np.random.default_rng(0)
   scores = {row.id: [[-float(rng.exponential()), 2] for _ in row.options] for row in multiple_choice.rows(examples)}
-  found = multiple_choice.reduce(examples, scores).estimates["overall"]
+  found = TASKS["piqa_cloze"].reduce(examples, scores).estimates["overall"]
   assert_allclose(found["chance"].value, chance, atol=1e-3)
   assert_allclose(found["acc"].value, chance, atol=4 * 100 * 0.5 / np.sqrt(questions))

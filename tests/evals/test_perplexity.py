@@ -31,7 +31,7 @@ def files(tmp_path) -> tuple[str, str]:
 
 def test_by_hand():
   documents = [Document("a", "", words=3, bytes=10), Document("b", "", words=5, bytes=30)]
-  found = perplexity.reduce(documents, {"a": [[-6.0, 2]], "b": [[-10.0, 6]]})
+  found = TASKS["text_file"].reduce(documents, {"a": [[-6.0, 2]], "b": [[-10.0, 6]]})
   value = {name: estimate.value for name, estimate in found.estimates["overall"].items()}
   assert_allclose(value["perplexity"], np.exp(16 / 8))
   assert_allclose(value["word_perplexity"], np.exp(16 / 8))
@@ -39,7 +39,7 @@ def test_by_hand():
   assert_allclose(value["bits_per_byte"], 16 / 40 / np.log(2))
   assert_allclose(np.log2(value["byte_perplexity"]), value["bits_per_byte"])
   assert found.items["nll"].tolist() == [6.0, 10.0]
-  alone = perplexity.reduce(documents[:1], {"a": [[-6.0, 2]]}).estimates["overall"]["perplexity"]
+  alone = TASKS["text_file"].reduce(documents[:1], {"a": [[-6.0, 2]]}).estimates["overall"]["perplexity"]
   assert alone.low is None and alone.value == np.exp(3.0)
 
 

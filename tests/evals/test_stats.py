@@ -171,11 +171,3 @@ def test_holm_by_hand():
 def test_ties_are_counted():
   assert stats.tie_rate([1.0, 2.0, 3.0, 4.0], [1.0, 2.5, 3.0, 5.0]) == 0.5
   assert stats.tie_rate([1.0, 2.0], [1.05, 2.5], atol=0.1) == 0.5
-
-
-def test_means_of_groups():
-  value_E = {"x": np.array([1.0, 2.0, 3.0, 6.0])}
-  groups = stats.group_places(["b", "a", "b", "a"])
-  assert groups == {"overall": [0, 1, 2, 3], "a": [1, 3], "b": [0, 2]}
-  found = stats.means_by_group(value_E, list("pqrs"), groups)
-  assert {group: found[group]["x"].value for group in found} == {"overall": 3.0, "a": 4.0, "b": 2.0}

@@ -26,11 +26,11 @@ def written(tmp_path, records) -> str:
   return str(path)
 
 
-def values(probability, *, strict=True) -> dict[str, float]:
+def values(probability, variant="truthfulqa_mc_original") -> dict[str, float]:
   """One question of two true answers, the second best, and two false ones."""
   question = Question("q1", "?", ("a", "b", "c", "d"), (True, True, False, False), best=1)
   scores = {"q1": [[float(np.log(p)), 3] for p in probability]}
-  found = truthfulqa.reduce([question], scores, strict=strict).estimates["overall"]
+  found = TASKS[variant].reduce([question], scores).estimates["overall"]
   return {name: round(estimate.value, 6) for name, estimate in found.items()}
 
 
@@ -43,12 +43,12 @@ def test_by_hand():
 
 def test_a_constant_scorer_gets_nothing_strictly_and_everything_by_argmax():
   assert [values([0.5] * 4)[name] for name in ("mc1", "mc2", "mc3", "ties")] == [0.0, 50.0, 0.0, 100.0]
-  assert values([0.5] * 4, strict=False)["mc1"] == 100.0
+  assert values([0.5] * 4, "truthfulqa_mc_lmeval")["mc1"] == 100.0
 
 
 def test_sums_far_below_the_smallest_float_still_divide():
   question = Question("q1", "?", ("a", "b"), (True, False), best=0)
-  found = truthfulqa.reduce([question], {"q1": [[-5000.0, 9], [-5000.0 - np.log(3.0), 9]]})
+  found = TASKS["truthfulqa_mc_original"].reduce([question], {"q1": [[-5000.0, 9], [-5000.0 - np.log(3.0), 9]]})
   assert_allclose(found.estimates["overall"]["mc2"].value, 75.0)
 
 
