@@ -107,7 +107,7 @@ def prepare(config, workdir: Path, command: str) -> Comparison:
   data = sources.load(config.data.source, config.data.split_file or None)
   claim(workdir, plain, command)
   dtype = None if config.dtype == "auto" else config.dtype
-  model = language_model.load(config.model, dtype, make_mesh(config.mesh), config.train.remat)
+  model = language_model.load(config.model, dtype, make_mesh(config.mesh), config.train.remat, config.mesh.rules)
 
   def variant(name: str) -> Variant:
     objective, coefficients = parsed[name]

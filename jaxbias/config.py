@@ -20,6 +20,11 @@ from ml_collections.config_flags import config_flags
 
 from jaxbias.errors import UserError, did_you_mean
 
+MESH_AXES = ("data", "fsdp", "tensor")
+MESH_PRESETS = ("data", "fsdp", "fsdp_tensor")
+SHARDING_RULES = {  # logical axis of a parameter -> the mesh axis that cuts it, "" = none
+  "layers": "", "embed": "fsdp", "vocab": "tensor", "heads": "tensor", "kv_heads": "tensor", "mlp": "tensor",
+}  # fmt: skip
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a string", tuple: "a tuple"}
 
 
@@ -29,7 +34,13 @@ def defaults() -> ConfigDict:
   c.title = "Comparison of debiasing objectives"
   c.model = "smollm2-135m-instruct"  # a name, a folder, a .gguf file, or hf:org/name[@revision]
   c.dtype = "auto"  # of the computation and the frozen weights; auto = float32 on CPU, bfloat16 on accelerators
-  c.mesh = {"data": -1, "fsdp": 1, "tensor": 1}  # -1 = all devices that are left
+  c.mesh = {  # sizes: 0 = as the preset says, -1 = all devices that are left
+    "preset": "data",  # data: a copy of the weights on each device; fsdp; fsdp_tensor. See docs/scaling.md
+    "data": 0,
+    "fsdp": 0,
+    "tensor": 0,
+    "rules": dict(SHARDING_RULES),
+  }
   c.data = {
     "source": "builtin",  # or a path to StereoSet's own JSON
     "split_file": "",  # target terms of each split, for StereoSet; empty = by the hash rule of docs/data.md
@@ -152,6 +163,14 @@ def validate(config: ConfigDict) -> None:
   _one_of("eval.split", config.eval.split, ("train", "validation", "test"))
   _one_of("eval.scoring", config.eval.scoring, ("sum", "token_mean"))
   _one_of("dtype", config.dtype, ("auto", "float32", "bfloat16"))
+  _one_of("mesh.preset", config.mesh.preset, MESH_PRESETS)
+  for name, axis in config.mesh.rules.items():
+    _one_of(f"mesh.rules.{name}", axis, ("", *MESH_AXES))
+    if axis and name != "embed" and axis == config.mesh.rules.embed:
+      raise UserError(f"mesh.rules sends both `embed` and `{name}` to `{axis}`; they meet in one matrix, which one "
+                      "mesh axis can cut once.")  # fmt: skip
+  if config.mesh.rules.layers:
+    raise UserError("mesh.rules.layers must be empty; layers are computed one after the other.")
   if min(t.rows.values()) < 1:
     raise UserError(f"train.rows = {t.rows.to_dict()}; every role needs at least one text a step.")
   if config.lora.rank < 1:

@@ -1,64 +1,100 @@
-"""The device mesh and the rules that turn logical axes into shardings.
+"""The device mesh, and the rules that turn the logical axes of an array into its sharding.
 
-Axes: `data` (batch only), `fsdp` (batch and parameters), `tensor` (heads, mlp, vocabulary).
+Axes: `data` (batch only), `fsdp` (batch and parameters), `tensor` (heads, mlp, vocabulary). One table of rules serves
+every mesh, as an axis of size 1 cuts nothing; so a preset is no more than a choice of sizes.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+import math
 from collections.abc import Mapping
 
 import jax
-import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from jaxbias.config import MESH_AXES as AXES
+from jaxbias.config import SHARDING_RULES
 from jaxbias.errors import UserError
 
-AXES = ("data", "fsdp", "tensor")
-RULES = {  # logical axis of a parameter -> mesh axis
-  "layers": None, "embed": "fsdp", "vocab": "tensor", "heads": "tensor", "kv_heads": "tensor", "mlp": "tensor",
-}  # fmt: skip
 BATCH = PartitionSpec(("data", "fsdp"))
 
 log = logging.getLogger("jaxbias")
 
 
-def make_mesh(sizes: Mapping[str, int]) -> Mesh:
-  """A mesh over all devices; one size may be -1 (what is left). Raises UserError when they do not multiply up."""
-  devices = jax.device_count()
-  shape = [int(sizes.get(axis, 1)) for axis in AXES]
-  known = int(np.prod([s for s in shape if s != -1]))
-  if shape.count(-1) > 1 or known < 1 or devices % known or (-1 not in shape and known != devices):
-    raise UserError(f"mesh {dict(zip(AXES, shape, strict=True))} does not multiply up to {devices} device(s).")
-  shape = [devices // known if s == -1 else s for s in shape]
-  return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+def make_mesh(sizes: Mapping[str, int | str]) -> Mesh:
+  """A mesh over all devices: sizes of `data`, `fsdp` and `tensor`, of which one may be -1 (what is left), and a
+  `preset` that fills in those that are 0 or absent. Raises UserError when they do not multiply up."""
+  devices, preset = jax.device_count(), sizes.get("preset", "data")
+  shape = {axis: int(sizes.get(axis, 0)) for axis in AXES}
+  rest = "data" if preset == "data" else "fsdp"
+  if preset == "fsdp_tensor":
+    shape["tensor"] = shape["tensor"] or _square(devices)
+  if -1 not in shape.values():
+    shape[rest] = shape[rest] or -1
+  shape = {axis: size or 1 for axis, size in shape.items()}
+  known = math.prod(size for size in shape.values() if size != -1)
+  left = list(shape.values()).count(-1)
+  if left > 1 or known < 1 or devices % known or (left == 0 and known != devices):
+    raise UserError(f"mesh {shape} does not multiply up to {devices} device(s).")
+  sizes = [devices // known if size == -1 else size for size in shape.values()]
+  return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def spec_for(shape: tuple[int, ...], logical: tuple[str | None, ...], mesh: Mesh, what: str = "") -> PartitionSpec:
-  """The mesh axes of one array; an axis that does not divide falls back to replication, and is logged."""
-  out = []
-  for size, name in zip(shape, logical, strict=True):
-    axis = RULES[name] if name else None
-    if axis and size % mesh.shape[axis]:
-      log.warning("%s: axis %s of size %d does not divide over %s=%d; it is replicated.",
-                  what, name, size, axis, mesh.shape[axis])  # fmt: skip
-      axis = None
-    out.append(axis)
-  return PartitionSpec(*out)
+def _square(devices: int) -> int:
+  """The largest power of two that divides `devices` and is not above its square root."""
+  return max(2**k for k in range(devices.bit_length()) if devices % 2**k == 0 and 4**k <= devices)
 
 
-def param_shardings(abstract, logical, mesh: Mesh):
-  """NamedSharding for every leaf; `logical` is a tree of PartitionSpecs of logical names with the same structure."""
+@dataclasses.dataclass(frozen=True)
+class Layout:
+  """Where the arrays of one model lie. `rules`: logical axis -> mesh axis ("" for none); `units`: into how many parts
+  that must stay in one piece a logical axis falls, where its size is a multiple of that: {"heads": number of heads}."""
 
-  def sharding(path, leaf, names):
-    names = tuple(names) + (None,) * (len(leaf.shape) - len(names))
-    what = jax.tree_util.keystr(path, simple=True, separator="/")
-    return NamedSharding(mesh, spec_for(leaf.shape, names, mesh, what))
+  mesh: Mesh
+  rules: Mapping[str, str] = dataclasses.field(default_factory=lambda: SHARDING_RULES)
+  units: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
-  is_spec = lambda x: isinstance(x, PartitionSpec)
-  return jax.tree_util.tree_map_with_path(
-    lambda path, names, leaf: sharding(path, leaf, names), logical, abstract, is_leaf=is_spec
-  )
+  def shardings(self, abstract, logical):
+    """NamedSharding for every leaf; `logical` is a tree of PartitionSpecs of logical names with the same structure."""
+    sharding = lambda names, leaf: NamedSharding(
+      self.mesh, PartitionSpec(*(self._axis(name, size) for name, size in _axes(names, leaf)))
+    )
+    return jax.tree.map(sharding, logical, abstract, is_leaf=_is_spec)
+
+  def report(self, abstract, logical) -> None:
+    """Log in one line what stays whole because it does not divide. Nothing is logged where everything divides."""
+    found: dict[str, list[str]] = {}
+
+    def visit(path, names, leaf):
+      for name, size in _axes(names, leaf):
+        axis = self._rule(name)
+        if axis and not self._axis(name, size):
+          why = f"{name} ({self.units.get(name, size)} over {axis}={self.mesh.shape[axis]})"
+          found.setdefault(why, []).append(jax.tree_util.keystr(path, simple=True, separator="/"))
+
+    jax.tree_util.tree_map_with_path(visit, logical, abstract, is_leaf=_is_spec)
+    if found:
+      listed = lambda paths: paths[0] + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
+      said = "; ".join(f"{why} of {listed(paths)}" for why, paths in found.items())
+      log.warning("what does not divide over the mesh is replicated: %s.", said)
+
+  def _rule(self, name: str | None) -> str | None:
+    return (self.rules[name] or None) if name else None
+
+  def _axis(self, name: str | None, size: int) -> str | None:
+    axis = self._rule(name)
+    return axis if axis and self.units.get(name, size) % self.mesh.shape[axis] == 0 else None
+
+
+def _is_spec(x) -> bool:
+  return isinstance(x, PartitionSpec)
+
+
+def _axes(names: PartitionSpec, leaf) -> list[tuple[str | None, int]]:
+  names = tuple(names) + (None,) * (len(leaf.shape) - len(names))
+  return list(zip(names, leaf.shape, strict=True))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 from jax.sharding import Mesh
 
+from jaxbias.config import SHARDING_RULES
 from jaxbias.data.tokens import Tokenizer, check_vocabulary, load_tokenizer
-from jaxbias.mesh import make_mesh, param_shardings
+from jaxbias.mesh import Layout, make_mesh
 from jaxbias.models.checkpoints import load_params, read_config
 from jaxbias.models.config import ModelConfig
 from jaxbias.models.families import model_config
@@ -28,17 +30,33 @@ class LanguageModel:
   params: Any
   tokenizer: Tokenizer
   fingerprint: str
-  mesh: Mesh
+  layout: Layout
+
+  @property
+  def mesh(self) -> Mesh:
+    return self.layout.mesh
 
   @property
   def num_parameters(self) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(self.params))
 
 
-def load(source: str, dtype: str | None = None, mesh: Mesh | None = None, remat: bool = False) -> LanguageModel:
+def layout_for(config: ModelConfig, mesh: Mesh, rules: Mapping[str, str] = SHARDING_RULES) -> Layout:
+  """How a model lies on a mesh: heads are cut whole, although a kernel's axis is heads times channels."""
+  return Layout(mesh, rules, {"heads": config.num_heads, "kv_heads": config.num_kv_heads})
+
+
+def load(
+  source: str,
+  dtype: str | None = None,
+  mesh: Mesh | None = None,
+  remat: bool = False,
+  rules: Mapping[str, str] = SHARDING_RULES,
+) -> LanguageModel:
   """Resolve `source` (a name, a folder, a .gguf file, hf:org/name), and place its weights on the mesh.
 
   dtype: of the computation and of the frozen weights; default float32 on CPU, bfloat16 on accelerators.
+  rules: logical axis -> mesh axis. What does not divide is replicated, and logged in one line.
   """
   dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
   mesh = mesh or make_mesh({"data": -1})
@@ -50,6 +68,7 @@ def load(source: str, dtype: str | None = None, mesh: Mesh | None = None, remat:
   module = Transformer(config, remat=remat)
   boxed = abstract_variables(module)
   abstract = nn.unbox(boxed)
-  shardings = param_shardings(abstract, nn.get_partition_spec(boxed), mesh)
-  params = load_params(found.path, config, abstract, shardings, dtype)
-  return LanguageModel(found.name, config, module, params, tokenizer, found.fingerprint, mesh)
+  layout, logical = layout_for(config, mesh, rules), nn.get_partition_spec(boxed)
+  layout.report(abstract, logical)
+  params = load_params(found.path, config, abstract, layout.shardings(abstract, logical), dtype)
+  return LanguageModel(found.name, config, module, params, tokenizer, found.fingerprint, layout)

@@ -16,7 +16,7 @@ import optax
 from jaxbias.data.pipeline import Shape
 from jaxbias.errors import UserError
 from jaxbias.losses.registry import Objective
-from jaxbias.mesh import batch_sharding, param_shardings, replicated
+from jaxbias.mesh import batch_sharding, replicated
 from jaxbias.models.language_model import LanguageModel
 from jaxbias.models.lora import LoraConfig, init_lora, lora_axes, lora_scale, target_kernels
 from jaxbias.models.transformer import abstract_variables
@@ -76,18 +76,22 @@ class Trainer:
   def _adapters(self, seed: int) -> dict:
     return init_lora(jax.random.fold_in(jax.random.key(seed), 0), self.model.params, self.lora)
 
-  def initial_state(self, seed: int) -> TrainState:
-    """Fresh adapters (born sharded) and optimizer state for them alone."""
-    boxed = abstract_variables(self.model.module)
-    shardings = param_shardings(jax.eval_shape(self._adapters, seed), lora_axes(boxed, self.lora), self.model.mesh)
-    params = jax.jit(self._adapters, out_shardings=shardings)(seed)
-    whole = replicated(self.model.mesh)
+  def state_shardings(self) -> TrainState:
+    """A NamedSharding for every leaf of a state: moments lie as their parameters do, counters are everywhere."""
+    whole, abstract = replicated(self.model.mesh), jax.eval_shape(self._adapters, 0)
+    params = self.model.layout.shardings(abstract, lora_axes(abstract_variables(self.model.module), self.lora))
     moments = optax.tree_map_params(
-      self.tx, lambda _, sharding: sharding, jax.eval_shape(self.tx.init, params), shardings,
+      self.tx, lambda _, sharding: sharding, jax.eval_shape(self.tx.init, abstract), params,
       transform_non_params=lambda _: whole,
     )  # fmt: skip
-    opt_state = jax.jit(self.tx.init, out_shardings=moments)(params)
-    return TrainState(jax.device_put(jnp.int32(0), whole), params, opt_state)
+    return TrainState(whole, params, moments)
+
+  def initial_state(self, seed: int) -> TrainState:
+    """Fresh adapters (born sharded) and optimizer state for them alone."""
+    shardings = self.state_shardings()
+    params = jax.jit(self._adapters, out_shardings=shardings.params)(seed)
+    opt_state = jax.jit(self.tx.init, out_shardings=shardings.opt_state)(params)
+    return TrainState(jax.device_put(jnp.int32(0), shardings.step), params, opt_state)
 
   def adapters(self, state: TrainState) -> dict:
     """The collections that turn the base into the trained model."""

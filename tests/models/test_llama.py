@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 from jaxbias.errors import UserError
 from jaxbias.losses import logprobs
-from jaxbias.mesh import make_mesh, param_shardings
+from jaxbias.mesh import Layout, make_mesh
 from jaxbias.models.checkpoints import load_params, read_config
 from jaxbias.models.config import ModelConfig
 from jaxbias.models.families import family_of, llama
@@ -44,7 +44,7 @@ def load(folder: Path, dtype: str = "float32") -> dict:
   config = llama.model_config(read_config(folder))
   boxed = abstract_variables(Transformer(config))
   abstract = nn.unbox(boxed)
-  shardings = param_shardings(abstract, nn.get_partition_spec(boxed), make_mesh({"data": -1}))
+  shardings = Layout(make_mesh({"data": -1})).shardings(abstract, nn.get_partition_spec(boxed))
   return load_params(folder, config, abstract, shardings, dtype)
 
 
