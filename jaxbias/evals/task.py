@@ -18,6 +18,7 @@ SCORES = "scores"  # rows: Choice, Cloze or Running -> [(summed log-probability 
 TOKENS = "tokens"  # rows: Choice -> [TokenScores] per option
 EMBEDDINGS = "embeddings"  # rows: Text -> a vector [D]
 CONTINUATIONS = "continuations"  # rows: Prompt -> the continuations, a list of str
+TOKENS_AND_CONTINUATIONS = "tokens and continuations"  # rows: Choice and Prompt, each with its own kind of answer
 
 CAUSAL, MASKED, EITHER = "causal", "masked", "causal or masked"
 
@@ -42,7 +43,7 @@ class Task:
 
   benchmark: Benchmark
   models: str  # CAUSAL, MASKED or EITHER
-  ask: str  # SCORES, TOKENS, EMBEDDINGS or CONTINUATIONS
+  ask: str  # SCORES, TOKENS, EMBEDDINGS, CONTINUATIONS or TOKENS_AND_CONTINUATIONS
   load: Callable[[str], Sequence[Any]]
   rows: Callable[[Sequence[Any]], list]
   reduce: Callable[[Sequence[Any], Mapping[str, Any]], Result]
