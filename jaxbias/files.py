@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shutil
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
+
+from jaxbias.errors import UserError
 
 
 def replace(path: Path, content: bytes) -> None:
@@ -20,3 +26,30 @@ def replace(path: Path, content: bytes) -> None:
 
 def write_json(path: Path, value: object) -> None:
   replace(path, json.dumps(value, indent=1).encode())
+
+
+def check_new(folder: Path) -> None:
+  """Raises UserError unless `folder` is absent or empty."""
+  if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+    raise UserError(f"{folder} exists already and is not an empty folder; give a new one, nothing was written.")
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path, needed: int = 0) -> Iterator[Path]:
+  """A temporary folder beside `folder` that takes its name at the end; a failure leaves nothing.
+
+  Raises UserError where `folder` exists with something in it, or the disk lacks `needed` bytes.
+  """
+  check_new(folder)
+  folder.parent.mkdir(parents=True, exist_ok=True)
+  free = shutil.disk_usage(folder.parent).free
+  if free < needed:
+    raise UserError(f"{needed / 1e6:,.0f} MB are needed in {folder.parent} and {free / 1e6:,.0f} MB are free; make "
+                    "room, or give a folder on a larger disk.")  # fmt: skip
+  work = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
+  work.mkdir()
+  try:
+    yield work
+    os.replace(work, folder)  # an empty folder of that name gives way
+  finally:
+    shutil.rmtree(work, ignore_errors=True)
