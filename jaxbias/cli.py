@@ -1,4 +1,4 @@
-"""`python -m jaxbias VERB`: compare | train | evaluate | score | report | fetch.
+"""`python -m jaxbias VERB`: compare | train | plan | evaluate | score | report | fetch.
 
 Nothing heavy is imported before a verb needs it, so that `--help` answers at once.
 """
@@ -70,6 +70,17 @@ def _parser() -> argparse.ArgumentParser:
   p.add_argument("--config", metavar="FILE", required=False, help="a config file, e.g. configs/quickstart.py")
   p.add_argument("--variant", metavar="NAME", help="which of the config's variants; not needed if it has one")
   p.add_argument("--workdir", metavar="DIR", type=Path, required=True, help="where the run goes")
+
+  p = verb("plan", _plan, "what a train step would need on devices that are not here", epilog=CONFIG_HELP)
+  p.add_argument("--config", metavar="FILE", required=False, help="a config file, e.g. configs/quickstart.py")
+  p.add_argument("--variant", metavar="NAME", help="whose losses; default: the first that the config compares")
+  p.add_argument("--model-config", metavar="SOURCE", help="a config.json, llama-3.1-8b (its shape is built in), or a "
+                 "model; default: the config's")
+  p.add_argument("--devices", metavar="N", type=int, default=8, help="how many to pretend to have; default 8")
+  p.add_argument("--device-memory", metavar="GIB", type=float, help="exit with code 2 when the peak is above it")
+  p.add_argument("--batch", metavar="ROWS", type=int, default=0, help="packed rows a step; default: one a data shard")
+  p.add_argument("--length", metavar="TOKENS", type=int, default=0, help="of a row; default 1024")
+  p.add_argument("--out", metavar="FILE", type=Path, help="also write the plan as JSON")
 
   p = verb("evaluate", _evaluate, "a benchmark's metrics for one model, with intervals")
   _model(p)
@@ -143,6 +154,24 @@ def _train(options, rest: Sequence[str]) -> None:
     raise UserError(f"{wanted}; {did_you_mean(name or '', config.variants)}")
   config.compare = (name,)
   _run(config, options.workdir)
+
+
+def _plan(options, rest: Sequence[str]) -> None:
+  if options.devices < 1 or options.batch < 0 or options.length < 0:
+    raise UserError("--devices, --batch and --length have to be positive.")
+  config = _config(options, rest)
+  os.environ["JAX_PLATFORMS"] = "cpu"  # before jax is imported, as it looks once
+  fake = f"--xla_force_host_platform_device_count={options.devices}"
+  os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {fake}"
+  os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+  from jaxbias import plan
+
+  found = plan.plan(config, options.model_config or config.model, options.variant, options.batch, options.length)
+  _print(plan.table(found, options.device_memory))
+  if options.out:
+    plan.write(options.out, found)
+  if options.device_memory:
+    plan.check(found, options.device_memory)
 
 
 def _run(config, workdir: Path) -> None:

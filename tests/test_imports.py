@@ -15,13 +15,13 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = (
-  {"types", "config", "errors", "files", "progress", "provenance"},
+  {"types", "config", "errors", "files", "hlo", "progress", "provenance"},
   {"data"},
   {"mesh"},
   {"models"},
   {"losses", "interp"},
   {"methods", "train", "evals"},
-  {"report", "cli", "compare", "__main__"},
+  {"report", "cli", "compare", "plan", "__main__"},
 )
 RANK = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms}
 NEVER = {  # room -> rooms that it must not know, whatever their layer

@@ -1,0 +1,228 @@
+"""What a run would need on devices that are not here: the real train step, compiled on abstract arrays.
+
+Nothing is allocated and no weights are read. The compiler is XLA's for CPUs: sizes of arguments and the collectives'
+structure carry over to other devices, temporaries are an estimate.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+
+from jaxbias import config as configs
+from jaxbias.errors import UserError, did_you_mean
+from jaxbias.files import write_json
+from jaxbias.hlo import collective_bytes
+from jaxbias.losses.registry import Objective, parse
+from jaxbias.mesh import batch_sharding, batch_shards, make_mesh, replicated
+from jaxbias.models.checkpoints import read_config
+from jaxbias.models.config import ModelConfig
+from jaxbias.models.families import model_config
+from jaxbias.models.language_model import LanguageModel, layout_for
+from jaxbias.models.sources import resolve
+from jaxbias.models.transformer import Transformer, abstract_variables
+from jaxbias.train.loop import Trainer
+from jaxbias.types import Batch, TrainState
+
+GIB = 2**30
+SEGMENTS = 8  # texts in a packed row
+SHAPES = {  # published shapes of models whose files one has to ask for
+  "llama-3.1-8b": {
+    "architectures": ["LlamaForCausalLM"], "vocab_size": 128_256, "hidden_size": 4096, "intermediate_size": 14_336,
+    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 131_072,
+    "rms_norm_eps": 1e-5, "rope_theta": 500_000.0, "tie_word_embeddings": False, "bos_token_id": 128_000,
+    "eos_token_id": 128_001,
+    "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                     "original_max_position_embeddings": 8192},
+  },
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """One compiled train step. Bytes and collectives are of one device, FLOPs of the whole mesh."""
+
+  model: str
+  mesh: Mapping[str, int]
+  batch: int  # packed rows of a step, over all devices
+  length: int  # tokens of a row
+  losses: tuple[str, ...]
+  dtype: str
+  memory: Mapping[str, int]  # what lies on a device during the step; adds up to its peak
+  flops: float  # needed by the mathematics, frozen weights without gradients
+  xla_flops: float  # that XLA counts in its program, loops once
+  collectives: Mapping[str, float]  # bytes received, by kind
+  unknown_loops: int
+  compile_seconds: float
+
+  @property
+  def peak(self) -> int:
+    return sum(self.memory.values())
+
+
+def shape_of(source: str) -> dict:
+  """config.json's content: of a file, of a folder or another model source, or one of `SHAPES`."""
+  path = Path(source).expanduser()
+  if source.lower() in SHAPES:
+    return SHAPES[source.lower()]
+  if path.is_file() and path.suffix == ".json":
+    try:
+      return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+      raise UserError(f"{path} is not JSON ({error}).") from None
+  return read_config(path if (path / "config.json").is_file() else resolve(source).path)
+
+
+def plan(config, source: str, variant: str | None = None, batch: int = 0, length: int = 0) -> Plan:
+  """Compile the train step of one of the config's variants on the devices that JAX sees.
+
+  source: as for `shape_of`. batch: packed rows over all devices, 0 = one on each that holds rows; length: tokens of a
+  row, 0 = 1024 or the model's window. Raises UserError for what cannot be compiled.
+  """
+  configs.validate(config)
+  variant = variant or configs.compared(config)[0]
+  if variant not in config.variants:
+    raise UserError(f"the config has no variant `{variant}`; {did_you_mean(variant, config.variants)}")
+  objective, coefficients = parse(configs.to_dict(config)["variants"][variant]["losses"])
+  model = abstract_model(shape_of(source), source, config)
+  trainer = Trainer.of(model, config)
+  shards = batch_shards(model.mesh)
+  batch, length = batch or shards, length or min(1024, model.config.max_positions)
+  if batch % shards:
+    raise UserError(f"--batch {batch} packed rows cannot be cut into {shards} equal parts, the mesh's data x fsdp.")
+  if length > model.config.max_positions:
+    raise UserError(f"--length {length} is past the model's {model.config.max_positions} positions.")
+  state, whole = abstract_state(trainer), replicated(model.mesh)
+  rows = abstract_batch(config, objective, batch, length, model)
+  traced = {"learning_rate": 0.0, "losses": coefficients}
+  frozen = {"params": model.params, "lora_scale": jax.tree.map(lambda x: _like(x, whole), trainer.scale)}
+  traced = jax.tree.map(lambda _: jax.ShapeDtypeStruct((), jnp.float32, sharding=whole), traced)
+  began = time.perf_counter()
+  compiled = trainer.step_for(objective).lower(state, frozen, rows, traced).compile()
+  seconds = time.perf_counter() - began
+  found, cost = compiled.memory_analysis(), compiled.cost_analysis()
+  memory = {
+    "parameters (frozen)": device_bytes(frozen),
+    "adapters": device_bytes(state.params),
+    "optimizer state": device_bytes(state.opt_state),
+    "batch": device_bytes(rows),
+    "temporaries": found.temp_size_in_bytes + max(found.output_size_in_bytes - found.alias_size_in_bytes, 0),
+  }
+  collectives, unknown = collective_bytes(compiled.as_text(), model.mesh.size)
+  return Plan(source, dict(model.mesh.shape), batch, length, tuple(name for name, _ in objective.terms),
+              model.config.dtype, memory, step_flops(model.config, rows, state.params, objective, config.train.remat),
+              float(cost.get("flops", 0)) * model.mesh.size, collectives, unknown, seconds)  # fmt: skip
+
+
+def abstract_model(hf: Mapping, name: str, config) -> LanguageModel:
+  """The model with shapes for weights; bfloat16 unless the config says otherwise."""
+  shape = model_config(hf).with_dtype("bfloat16" if config.dtype == "auto" else config.dtype)
+  module = Transformer(shape, remat=config.train.remat)
+  boxed, layout = abstract_variables(module), layout_for(shape, make_mesh(config.mesh), config.mesh.rules)
+  logical = nn.get_partition_spec(boxed)
+  layout.report(nn.unbox(boxed), logical)
+  place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(shape.dtype), sharding=sharding)
+  params = jax.tree.map(place, nn.unbox(boxed), layout.shardings(nn.unbox(boxed), logical))
+  return LanguageModel(name, shape, module, params, None, "", layout)
+
+
+def abstract_state(trainer: Trainer) -> TrainState:
+  """The train state that the run would start from, as shapes."""
+  params = jax.eval_shape(trainer._adapters, 0)
+  state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, jax.eval_shape(trainer.tx.init, params))
+  return jax.tree.map(_like, state, trainer.state_shardings())
+
+
+def abstract_batch(config, objective: Objective, batch: int, length: int, model: LanguageModel) -> Batch:
+  """Packed rows in which texts of all roles that the losses read take the shares that `train.rows` gives them; every
+  token of a role is scored."""
+  rows = {role: count for role, count in config.train.rows.items() if role in objective.roles}
+  share = lambda roles: math.ceil(length * sum(rows.get(role, 0) for role in roles) / sum(rows.values()))
+  P, K = share(objective.scored_roles), share(objective.kl_roles)
+  sharding = batch_sharding(model.mesh)
+  make = lambda *shape, dtype=jnp.int32: jax.ShapeDtypeStruct((batch, *shape), dtype, sharding=sharding)
+  arrays = {name: make(length) for name in ("tokens", "segment", "position")}
+  arrays |= {name: make(P) for name in ("score_at", "target", "score_segment")}
+  arrays |= {name: make(SEGMENTS) for name in ("role", "row", "pair")}
+  if "ref_logprob" in objective.needs:
+    arrays["ref_logprob"] = make(P, dtype=jnp.float32)
+  if K:
+    arrays |= {"kl_at": make(K), "kl_segment": make(K), "ref_hidden": make(K, model.config.table_size, dtype=jnp.float32)}
+  return Batch(**arrays)
+
+
+def _like(leaf, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def device_bytes(tree) -> int:
+  """Bytes of one device's shards."""
+  return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def step_flops(c: ModelConfig, rows: Batch, adapters, objective: Objective, remat: bool) -> float:
+  """Forward, and backward to inputs and adapters: frozen weights have no gradients of their own.
+
+  Attention scores count in full (T x T, masked or not). The head costs two products at a scored position and three
+  where distributions are compared (losses/logprobs.py).
+  """
+  tokens, T = rows.tokens.size, rows.tokens.shape[1]
+  weights = c.flops_per_token - c.head_flops
+  scores = 4 * c.num_layers * c.num_heads * c.head_dim * T
+  forward = weights + scores
+  trunk = forward + weights + 2 * scores + (forward if remat else 0)
+  per_token = 6 * sum(leaf.size for leaf in jax.tree.leaves(adapters)) * (c.num_layers // c.groups)
+  head = 2 * rows.target.size + (3 * rows.kl_at.size if objective.kl_roles else 0)
+  return float(tokens * (trunk + per_token) + head * c.head_flops)
+
+
+def write(path: Path, found: Plan) -> None:
+  """The plan as JSON, with its peak."""
+  write_json(path, {**dataclasses.asdict(found), "peak": found.peak})
+
+
+def table(found: Plan, device_memory: float | None):
+  """A rich table of a plan; device_memory in GiB."""
+  from rich.table import Table
+
+  mesh = " x ".join(f"{axis} {size}" for axis, size in found.mesh.items())
+  out = Table(title=f"{found.model} on {math.prod(found.mesh.values())} devices ({mesh})", title_justify="left",
+              caption=f"{found.batch} rows of {found.length:,} tokens a step; {found.dtype}; losses: "
+              f"{', '.join(found.losses)}. Compiled for CPUs: temporaries on a TPU or GPU will differ, "
+              "and loops of unknown length count once.", caption_justify="left")  # fmt: skip
+  out.add_column("on each device")
+  out.add_column("", justify="right")
+  for name, size in found.memory.items():
+    out.add_row(name, f"{size / GIB:,.3f} GiB")
+  limit = f" of {device_memory:g}" if device_memory else ""
+  out.add_row("peak", f"{found.peak / GIB:,.3f}{limit} GiB", style="bold", end_section=True)
+  for kind, size in found.collectives.items():
+    out.add_row(f"received by {kind}, a step", f"{size / GIB:,.3f} GiB")
+  out.add_row("received, a step", f"{sum(found.collectives.values()) / GIB:,.3f} GiB", end_section=True)
+  out.add_row("FLOPs of a step, all devices", f"{found.flops:.3e}")
+  out.add_row("the same as XLA counts it, loops once", f"{found.xla_flops:.3e}")
+  out.add_row("loops of unknown length", str(found.unknown_loops))
+  out.add_row("compiled in", f"{found.compile_seconds:.1f} s")
+  return out
+
+
+def check(found: Plan, device_memory: float) -> None:
+  """Raises UserError, saying what would help, when the peak is above `device_memory` GiB."""
+  if found.peak <= device_memory * GIB:
+    return
+  largest = max(found.memory, key=found.memory.get)
+  help = {
+    "temporaries": "fewer rows on a device (--batch, or more devices), shorter rows (--length), "
+                   "--config.train.remat=true or a larger mesh.tensor would make its temporaries smaller",
+    "batch": "fewer rows on a device (--batch) or shorter rows (--length) would make its batch smaller",
+  }.get(largest, f"more devices, or more of them in mesh.fsdp or mesh.tensor, would make its {largest} smaller")  # fmt: skip
+  raise UserError(f"the plan needs {found.peak / GIB:.2f} GiB on each device, {device_memory:g} GiB are there; {help}.")
