@@ -59,17 +59,8 @@ class TensorFiles:
       files = ["model.safetensors"]
     self.where = {}
     for file in files:
-      handle = self._open(folder / file)
+      handle = open_safetensors(folder / file)
       self.where.update(dict.fromkeys(handle.keys(), handle))
-
-  @staticmethod
-  def _open(path: Path):
-    if not path.exists():
-      raise UserError(f"{path} is missing; fetch the model again, or point at a folder with safetensors weights.")
-    try:
-      return safe_open(path, framework="numpy")
-    except SafetensorError as error:
-      raise UserError(f"{path} cannot be read ({_cut_short(path) or error}). Delete it and fetch it anew.") from None
 
   def shape(self, name: str) -> tuple[int, ...]:
     return tuple(self.where[name].get_slice(name).get_shape())
@@ -77,6 +68,16 @@ class TensorFiles:
   def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
     """A slice of one tensor; only its bytes are read from disk."""
     return self.where[name].get_slice(name)[index] if index else self.where[name].get_tensor(name)
+
+
+def open_safetensors(path: Path):
+  """A handle of one file. Raises UserError when it is missing or damaged, with the tensor that it lost."""
+  if not path.exists():
+    raise UserError(f"{path} is missing; fetch the model again, or point at a folder with safetensors weights.")
+  try:
+    return safe_open(path, framework="numpy")
+  except SafetensorError as error:
+    raise UserError(f"{path} cannot be read ({_cut_short(path) or error}). Delete it and fetch it anew.") from None
 
 
 def _cut_short(path: Path) -> str | None:
@@ -178,10 +179,10 @@ def _check_tensors(leaves: Mapping, files: TensorFiles, family, layout: Mapping,
   tied = {layout["head"].name} if config.tied_head else set()
   names, extra = {}, []
   for name in files.where:
-    known = next((alias for alias in _aliases(name, family) if alias in expected), None)
+    known = next((alias for alias in aliases(name, family) if alias in expected), None)
     if known:
       names[known] = name
-    elif not name.endswith(family.IGNORED) and not tied & set(_aliases(name, family)):
+    elif not name.endswith(family.IGNORED) and not tied & set(aliases(name, family)):
       extra.append(name)
   problems = [f"{n} is missing" for n in sorted(expected.keys() - names.keys())]
   problems += [f"{n} is not part of this architecture" for n in sorted(extra)]
@@ -195,7 +196,7 @@ def _check_tensors(leaves: Mapping, files: TensorFiles, family, layout: Mapping,
   return names
 
 
-def _aliases(name: str, family) -> list[str]:
+def aliases(name: str, family) -> list[str]:
   """The names by which the layout may know a tensor: as saved today, without the model's prefix, or with the first
   releases' names of a layer norm's parameters."""
   today = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name))

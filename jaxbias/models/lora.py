@@ -12,6 +12,7 @@ from collections.abc import Mapping
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxbias.errors import UserError, did_you_mean
@@ -64,10 +65,23 @@ def lora_scale(config: LoraConfig, num_layers: int) -> dict:
   return {"scale": jnp.full((num_layers,), config.alpha / config.rank, jnp.float32)}
 
 
+def group_scales(scale_L: np.ndarray, groups: int) -> np.ndarray:
+  """One factor for each set of weights, [G]. Raises UserError where layers that share weights (ALBERT) differ in it."""
+  by_group = np.asarray(scale_L, np.float32).reshape(groups, -1)
+  if (by_group != by_group[:, :1]).any():
+    raise UserError("layers that share their weights have different lora_scale; one set of weights cannot hold that.")
+  return by_group[:, 0]
+
+
+def add_product(kernel: jax.Array, a: jax.Array, b: jax.Array, scale_L: jax.Array) -> jax.Array:
+  """W + scale * A B of stacked layers, [L, in, out], in float32."""
+  return kernel + jnp.einsum("lir,lro,l->lio", a, b, scale_L, precision="highest")
+
+
 def merge(params: Mapping, lora: Mapping, scale: Mapping) -> dict:
-  """The base with every kernel replaced by W + scale * A B, in float32."""
+  """The base with every kernel replaced by W + scale * A B, in float32. `scale` is concrete, even under jit."""
   flat, factors = flatten_dict(dict(params)), flatten_dict(dict(lora))
   for path in {path[:-1] for path in factors}:
-    update = jnp.einsum("lir,lro,l->lio", factors[(*path, "a")], factors[(*path, "b")], scale["scale"])
-    flat[(*path, "kernel")] = flat[(*path, "kernel")] + update
+    a, b = factors[(*path, "a")], factors[(*path, "b")]
+    flat[(*path, "kernel")] = add_product(flat[(*path, "kernel")], a, b, group_scales(scale["scale"], len(a)))
   return unflatten_dict(flat)
