@@ -123,7 +123,7 @@ def reduce(tests: Sequence[Association], embeddings: Mapping[str, np.ndarray], *
   found_T = [_measure(test, embeddings) for test in tests]
   items = {name: np.array([found[name] for found in found_T]) for name in BENCHMARK.metrics}
   names_T = [test.name for test in tests]
-  averaged = items | {"p": np.full(len(tests), np.nan)}
+  averaged = {name: value_T for name, value_T in items.items() if name != "p"}
   table = tabulate(BENCHMARK, averaged, groups_of([test.domain for test in tests]), names_T, **how)
   alone = {name: {metric: Estimate(value, None, None, (value,)) for metric, value in found.items() if value == value}
            for name, found in zip(names_T, found_T, strict=True)}

@@ -6,6 +6,7 @@ Axis letters: E examples, C clusters, R resamples.
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -29,16 +30,17 @@ def tabulate(benchmark: Benchmark, items: Mapping[str, np.ndarray], groups: Mapp
   """Each metric of `benchmark` is a mean over examples, or what `formulas` makes of such means.
 
   items[name] [E]: what an example adds; NaN where it does not count. groups[name]: bool [E]. formulas[metric] takes
-  {item: mean} and returns the metric. A metric without examples to count is left out of a group's row; it has no
-  interval where some resample is without them. `how` goes to `stats.bootstrap_interval`.
+  {item: mean} and returns the metric. Metrics with neither are left to the caller. One without examples to count is
+  left out of a group's row; it has no interval where some resample is without them. `how`: stats.bootstrap_interval's.
   """
   clusters, items = np.asarray(clusters), {name: np.asarray(value_E, np.float64) for name, value_E in items.items()}
+  formulas = {name: operator.itemgetter(name) for name in items} | dict(formulas or {})
   estimates = {}
   for group, chosen_E in groups.items():
     names, cluster_E = np.unique(clusters[chosen_E], return_inverse=True)
     sums = {name: _sums(value_E[chosen_E], cluster_E, len(names)) for name, value_E in items.items()}
-    found = {metric: _estimate((formulas or {}).get(metric, lambda means, metric=metric: means[metric]),
-                               sums, len(names), how) for metric in benchmark.metrics}
+    found = {metric: _estimate(formulas[metric], sums, len(names), how)
+             for metric in benchmark.metrics if metric in formulas}
     estimates[group] = {metric: estimate for metric, estimate in found.items() if np.isfinite(estimate.value)}
   return Result(estimates, items)
 
