@@ -126,15 +126,14 @@ def _ours(config: ModelConfig, layout: Mapping, params: Mapping, adapters: Mappi
     for number in range(leaf.shape[0]) if layout[path].stacked else (None,):
       pieces.setdefault(layout[path].name.format(number), []).append((path, number))
 
-  def values(path: str, number: int | None) -> np.ndarray:
-    projection = path.removesuffix("/kernel")
-    adapted = path.endswith("/kernel") and f"{projection}/a" in lora
-    return on_host(leaves[path], number, *((lora[f"{projection}/a"], lora[f"{projection}/b"], scale_G) * adapted))
+  def adapter(path: str) -> tuple:
+    a, b = (path.removesuffix("kernel") + factor for factor in "ab")
+    return (lora[a], lora[b], scale_G) if path.endswith("/kernel") and a in lora else ()
 
   def read(name: str) -> np.ndarray:
     tensor = np.empty(shapes[name], dtype)
     for path, number in pieces[name]:
-      stored, part = layout[path], values(path, number)
+      stored, part = layout[path], on_host(leaves[path], number, *adapter(path))
       rows = slice(None) if stored.rows is None else stored.rows.at(np.arange(part.shape[-1]))
       (tensor.T if stored.transposed else tensor)[..., rows] = part
     if not np.isfinite(tensor).all():
