@@ -109,3 +109,18 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def batch_shards(mesh: Mesh) -> int:
   """How many parts a batch is cut into: the number of packed rows must be a multiple of it."""
   return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def by_rows(x: jax.Array, mesh: Mesh | None) -> jax.Array:
+  """`x` [B, ...] held where the rows of its batch are, as far as they divide. Said once a layer, it makes the compiler
+  bring the weights of the layer to the rows; left alone, it may gather the rows of all devices instead."""
+  if mesh is None or mesh.size == 1 or x.shape[0] % batch_shards(mesh):
+    return x
+  return jax.lax.with_sharding_constraint(x, batch_sharding(mesh))
+
+
+def gathered(x: jax.Array, mesh: Mesh | None) -> jax.Array:
+  """`x` [N, D] with D whole and N cut as it was."""
+  if mesh is None or mesh.size == 1:
+    return x
+  return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(PartitionSpec.UNCONSTRAINED, None)))

@@ -126,8 +126,9 @@ def plan(config, source: str, variant: str | None = None, batch: int = 0, length
 def abstract_model(hf: Mapping, name: str, config) -> LanguageModel:
   """The model with shapes for weights; bfloat16 unless the config says otherwise."""
   shape = model_config(hf).with_dtype("bfloat16" if config.dtype == "auto" else config.dtype)
-  module = Transformer(shape, remat=config.train.remat)
-  boxed, layout = abstract_variables(module), layout_for(shape, make_mesh(config.mesh), config.mesh.rules)
+  layout = layout_for(shape, make_mesh(config.mesh), config.mesh.rules)
+  module = Transformer(shape, remat=config.train.remat, mesh=layout.mesh)
+  boxed = abstract_variables(module)
   logical = nn.get_partition_spec(boxed)
   layout.report(nn.unbox(boxed), logical)
   place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(shape.dtype), sharding=sharding)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from jaxbias.models.transformer import Head
 
-CHUNK = 512  # positions whose logits exist at one time
+CHUNK = 512  # positions whose logits exist at one time on a device
 
 
 def gather_positions(x_BTD: jax.Array, at_BP: jax.Array) -> jax.Array:
@@ -26,7 +26,7 @@ def gather_positions(x_BTD: jax.Array, at_BP: jax.Array) -> jax.Array:
 @jax.custom_vjp
 def token_logprobs(hidden_BPD: jax.Array, head: Head, target_BP: jax.Array) -> jax.Array:
   """log softmax(logits)[target], float32 nats, [B, P]."""
-  return _over_positions(lambda h, y: _chosen(_logits(h, head), y), hidden_BPD, target_BP)
+  return _over_positions(lambda h, y: _chosen(_logits(h, head), y), head.shards, hidden_BPD, target_BP)
 
 
 def _token_logprobs_forward(hidden, head, target):
@@ -34,7 +34,7 @@ def _token_logprobs_forward(hidden, head, target):
     logits = _logits(h, head)
     return _chosen(logits, y), _to_hidden(_to_products(_one_hot_minus(jax.nn.softmax(logits), y), logits, head), head, h)
 
-  value, slope_BPD = _over_positions(chunk, hidden, target)
+  value, slope_BPD = _over_positions(chunk, head.shards, hidden, target)
   return value, (hidden, head, target, slope_BPD)
 
 
@@ -59,7 +59,8 @@ def forward_kl(hidden_BKD: jax.Array, head: Head, ref_hidden_BKD: jax.Array, ref
   The reference enters as its last hidden states: D numbers a position give its distribution exactly, at the
   price of one product with the head and without a second trunk. No gradient flows to the reference.
   """
-  return _over_positions(lambda h, r: _kl(_logits(h, head), _logits(r, ref_head)), hidden_BKD, ref_hidden_BKD)
+  divergence = lambda h, r: _kl(_logits(h, head), _logits(r, ref_head))
+  return _over_positions(divergence, head.shards, hidden_BKD, ref_hidden_BKD)
 
 
 def _forward_kl_forward(hidden, head, ref_hidden, ref_head):
@@ -68,7 +69,7 @@ def _forward_kl_forward(hidden, head, ref_hidden, ref_head):
     slope = jax.nn.softmax(logits) - jax.nn.softmax(ref_logits)
     return _kl(logits, ref_logits), _to_hidden(_to_products(slope, logits, head), head, h)
 
-  value, slope_BKD = _over_positions(chunk, hidden, ref_hidden)
+  value, slope_BKD = _over_positions(chunk, head.shards, hidden, ref_hidden)
   return value, (hidden, head, ref_hidden, ref_head, slope_BKD)
 
 
@@ -131,17 +132,17 @@ def _kl(logits: jax.Array, ref_logits: jax.Array) -> jax.Array:
   return (jnp.exp(log_p) * (log_p - log_q)).sum(-1)
 
 
-def _split(*args: jax.Array) -> tuple[jax.Array, ...]:
-  """The position axis (axis 1) cut into chunks of at most CHUNK positions over all rows, chunks first."""
+def _split(shards: int, *args: jax.Array) -> tuple[jax.Array, ...]:
+  """The position axis (axis 1) cut into chunks of at most CHUNK positions over a device's rows, chunks first."""
   B, P = args[0].shape[:2]
-  pieces = next(n for n in range(1, P + 1) if P % n == 0 and (B * P // n <= CHUNK or n == P))
+  pieces = next(n for n in range(1, P + 1) if P % n == 0 and (B * P // n <= CHUNK * shards or n == P))
   return tuple(jnp.moveaxis(x.reshape(B, pieces, P // pieces, *x.shape[2:]), 1, 0) for x in args)
 
 
-def _over_positions(chunk: Callable, *args: jax.Array):
+def _over_positions(chunk: Callable, shards: int, *args: jax.Array):
   """`chunk` over every slice of the position axis; its outputs put together again."""
   B, P = args[0].shape[:2]
-  out = jax.lax.map(lambda xs: chunk(*xs), _split(*args))
+  out = jax.lax.map(lambda xs: chunk(*xs), _split(shards, *args))
   return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(B, P, *x.shape[3:]), out)
 
 
@@ -151,8 +152,9 @@ def _to_head(slope: Callable, head: Head, hidden: jax.Array, *args: jax.Array) -
   def add(total, xs):
     slope_BPV = slope(*xs)
     outer = jnp.einsum("bpv,bpd->vd", slope_BPV, xs[0].astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
-    return Head(total.matrix + outer, None if head.bias is None else total.bias + slope_BPV.sum((0, 1)), head.softcap), None
+    bias = None if head.bias is None else total.bias + slope_BPV.sum((0, 1))
+    return total.replace(matrix=total.matrix + outer, bias=bias), None
 
   zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), head)
-  total, _ = jax.lax.scan(add, zeros, _split(hidden, *args))
+  total, _ = jax.lax.scan(add, zeros, _split(head.shards, hidden, *args))
   return jax.tree.map(lambda x, like: x.astype(like.dtype), total, head)

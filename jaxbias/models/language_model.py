@@ -65,7 +65,7 @@ def load(
   config = model_config(hf).with_dtype(dtype)
   tokenizer = load_tokenizer(found.path)
   check_vocabulary(tokenizer, config.vocab_size)
-  module = Transformer(config, remat=remat)
+  module = Transformer(config, remat=remat, mesh=mesh)
   boxed = abstract_variables(module)
   abstract = nn.unbox(boxed)
   layout, logical = layout_for(config, mesh, rules), nn.get_partition_spec(boxed)

@@ -11,6 +11,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from jaxbias.models.attention import attend
 from jaxbias.models.config import ModelConfig, Rope
@@ -59,6 +60,7 @@ class Context:
   cos: tuple[jax.Array, ...]  # float32 [B, T, 1, R]
   sin: tuple[jax.Array, ...]  # float32 [B, T, 1, R]
   write_at: jax.Array | None = None  # int32 []: the cache slot of the first new token
+  mesh: Mesh | None = flax.struct.field(pytree_node=False, default=None)
 
 
 @flax.struct.dataclass

@@ -15,7 +15,9 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
+from jaxbias.mesh import batch_shards, by_rows, gathered
 from jaxbias.models.config import ModelConfig
 from jaxbias.models.layers import (
   ACTIVATIONS, MLP, SITES, Attention, Cache, Context, Edit, Norm, PerLayer, Projection, rotary_tables, visible,
@@ -33,6 +35,7 @@ class Head:
   matrix: jax.Array  # [V, D]
   bias: jax.Array | None = None  # [V]
   softcap: float | None = flax.struct.field(pytree_node=False, default=None)
+  shards: int = flax.struct.field(pytree_node=False, default=1)  # into which the rows of a batch are cut
 
 
 class Block(nn.Module):
@@ -66,7 +69,7 @@ class Block(nn.Module):
     def joined(x: jax.Array, name: str) -> jax.Array:
       return norm(f"{name}_norm")(x) if c.norm_order == "post" else x
 
-    x = site("residual_in", x_BTD)
+    x = site("residual_in", by_rows(x_BTD, context.mesh))
     attention, mlp = Attention(c, self.lora_dropout, name="attention"), MLP(c, self.lora_dropout, name="mlp")
     attended, cache = attention(entering(x, "attention"), context, layer)
     attended = leaving(attended, "attention")
@@ -101,11 +104,13 @@ class SharedBlock(nn.Module):
 
 class Transformer(nn.Module):
   """A language model up to its head's input. With `remat` the backward pass keeps only each block's input: less
-  memory, a third more arithmetic. `lora_dropout` acts where the call is given a `dropout` key."""
+  memory, a third more arithmetic. `lora_dropout` acts where the call is given a `dropout` key. With a `mesh` the
+  activations of a row stay on the devices that hold the row."""
 
   config: ModelConfig
   remat: bool = False
   lora_dropout: float = 0.0
+  mesh: Mesh | None = None
 
   @nn.compact
   def __call__(
@@ -130,7 +135,7 @@ class Transformer(nn.Module):
     with jax.default_matmul_precision("highest" if c.dtype == "float32" else "default"):
       x_BTD = self._embed(tokens_BT, position_BT)
       x_BTD, captures = self._layers(x_BTD, segment_BT, position_BT, branch_BT, dict(edits or {}), capture, cache)
-      return self._head_input(x_BTD), captures
+      return by_rows(self._head_input(x_BTD), self.mesh), captures
 
   def _embed(self, tokens_BT: jax.Array, position_BT: jax.Array) -> jax.Array:
     c, dtype = self.config, jnp.dtype(self.config.dtype)
@@ -169,7 +174,7 @@ class Transformer(nn.Module):
       rows, keys = (segment_BT, position_BT, None), (segment_BS, position_BS, None)
     masks = tuple(visible(rows, keys, c.causal, kind.window) for kind in c.kinds)
     tables = [rotary_tables(rope, position_BT, segment_BT) for rope in c.ropes]
-    context = Context(masks, tuple(cos for cos, _ in tables), tuple(sin for _, sin in tables), write_at)
+    context = Context(masks, tuple(cos for cos, _ in tables), tuple(sin for _, sin in tables), write_at, self.mesh)
 
     L, shared = c.num_layers, c.num_layers // c.groups
     scale_L = self.get_variable("lora_scale", "scale") if self.has_variable("lora_scale", "scale") else None
@@ -210,10 +215,10 @@ class Transformer(nn.Module):
     return x_BTD
 
 
-def head(params: Mapping, config: ModelConfig) -> Head:
-  """What turns the trunk's output into logits."""
-  matrix = params["embedding"] if config.tied_head else params["head"]
-  return Head(matrix, params.get("head_bias"), config.logit_softcap)
+def head(params: Mapping, config: ModelConfig, mesh: Mesh | None = None) -> Head:
+  """What turns the trunk's output into logits. On a mesh its D is whole: it is gathered once, not for every chunk."""
+  matrix = gathered(params["embedding"] if config.tied_head else params["head"], mesh)
+  return Head(matrix, params.get("head_bias"), config.logit_softcap, batch_shards(mesh) if mesh else 1)
 
 
 def empty_cache(config: ModelConfig, rows: int, slots: int) -> Cache:

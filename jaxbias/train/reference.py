@@ -46,7 +46,7 @@ def _forward(module: Transformer, mesh):
   def run(params, arrays):
     hidden, _ = module.apply({"params": params}, *(arrays[n] for n in ("tokens", "segment", "position")))
     scored = gather_positions(hidden, arrays["score_at"])
-    logprob = token_logprobs(scored, head(params, module.config), arrays["target"])
+    logprob = token_logprobs(scored, head(params, module.config, module.mesh), arrays["target"])
     return logprob, gather_positions(hidden, arrays["kl_at"]).astype("float32")
 
   sharding = batch_sharding(mesh)

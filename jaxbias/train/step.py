@@ -22,7 +22,7 @@ from jaxbias.types import Batch, LossOutput, TrainState
 def loss(module: Transformer, objective: Objective, lora: Any, frozen: Mapping, batch: Batch, coefficients: Mapping):
   """(total, (LossOutput, log-probability per segment [B, S])) of the adapted model on one batch."""
   hidden, _ = module.apply({"lora": lora, **frozen}, batch.tokens, batch.segment, batch.position)
-  head = transformer.head(frozen["params"], module.config)
+  head = transformer.head(frozen["params"], module.config, module.mesh)
   logprob_BP = token_logprobs(gather_positions(hidden, batch.score_at), head, batch.target)
   kl_BK = None
   if objective.kl_roles:
