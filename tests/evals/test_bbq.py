@@ -173,6 +173,14 @@ def test_lm_evaluation_harness_has_every_way_of_not_knowing_compete(tmp_path):
   assert task.reduce(questions, against).estimates["overall"]["s_ambig"].value == -100.0
 
 
+def test_lm_evaluation_harness_counts_questions_without_a_known_stereotype(tmp_path):
+  questions = bbq.load(written(tmp_path, [record(0, 2), record(1, 2, polarity="nonneg")], [0, ""]))
+  unknown, person = [[-3.0, 1]] * 2 + [[-1.0, 1]] * 2, [[-1.0, 1]] + [[-3.0, 1]] * 3
+  scores = dict(zip([q.id for q in questions], (person, unknown), strict=True))
+  found = TASKS["bbq_lmeval12"].reduce(questions, scores).estimates["overall"]
+  assert (found["acc_ambig"].value, found["s_ambig"].value) == (50.0, 50.0)
+
+
 @pytest.mark.parametrize(("change", "said"), [
   ({"label": 3}, "line 1: `label` is `3`, not 0, 1 or 2."),
   ({"question": ""}, "line 1: `question` is empty."),

@@ -186,6 +186,9 @@ def test_the_masked_filling_is_the_word_at_the_blank_without_punctuation():
   assert row.options == (" red", " light", " seven")
   row, = TASKS["stereoset_intrasentence_masked_official"].rows([DOOR])
   assert row.options == ("red", "light", "seven")
+  twice = dataclasses.replace(DOOR, context="My BLANK, she said, is very BLANK.")
+  assert stereoset.fillings(twice) == ("red", "light", "seven")
+  assert stereoset.masked_rows([twice])[0].text.count(MASK) == 2
   short = dataclasses.replace(DOOR, sentences=("My door.", "My door.", "My door."))
   with pytest.raises(UserError, match="StereoSet's t0: a sentence has no word where `context` has BLANK"):
     stereoset.fillings(short)
