@@ -22,7 +22,8 @@ from jaxbias.evals.metrics import Benchmark, Higher, Neutral, Result, Scores, sc
 from jaxbias.evals.tabulate import tabulate
 from jaxbias.evals.task import CAUSAL, SCORES, Task
 
-METRICS = {"acc": Higher("%"), "acc_norm": Higher("%"), "chance": Neutral("%"), "ties": Neutral("%")}
+METRICS = {"acc": Higher("%"), "acc_norm": Higher("%"), "acc_bytes": Higher("%"), "chance": Neutral("%"),
+           "ties": Neutral("%")}
 QUESTION_ANSWER = "Question: {}\nAnswer:"
 
 
@@ -71,17 +72,19 @@ def rows(questions: Sequence[Question], prompt: str = QUESTION_ANSWER) -> list[C
 
 
 def reduce(questions: Sequence[Question], scores: Scores, *, benchmark: Benchmark, **how) -> Result:
-  """Accuracy, %: the most likely option is right (`acc`), or the most likely by UTF-8 byte of its text (`acc_norm`).
+  """Accuracy, %: the most likely option is right (`acc`), or the most likely by character (`acc_norm`) or by UTF-8 byte
+  (`acc_bytes`) of its text.
 
-  As lm-evaluation-harness counts: bytes without the space before it, the first of several equal ones. `ties` is how
+  As lm-evaluation-harness counts: lengths without the space before it, the first of several equal ones. `ties` is how
   often the two most likely options are equal, `chance` what a blind guess gets.
   """
   items = {name: [] for name in METRICS}
   for q in questions:
     score_O = score_array([q.id], scores, len(q.options))[0, :, 0]
-    byte_O = [len(option.encode()) for option in q.options]
-    items["acc"].append(q.right[int(score_O.argmax())])
-    items["acc_norm"].append(q.right[int((score_O / byte_O).argmax())])
+    length_O = {"acc": 1, "acc_norm": [len(option) for option in q.options],
+                "acc_bytes": [len(option.encode()) for option in q.options]}
+    for name, length in length_O.items():
+      items[name].append(q.right[int((score_O / length).argmax())])
     items["chance"].append(np.mean(q.right))
     items["ties"].append(np.sum(score_O == score_O.max()) > 1)
   item_E = {name: 100.0 * np.array(values, float) for name, values in items.items()}

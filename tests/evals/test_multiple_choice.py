@@ -26,13 +26,16 @@ def load(tmp_path, *records) -> list[Question]:
 
 
 def test_by_hand():
-  questions = [Question("q1", "?", ("ab", "abcdef"), (False, True)), Question("q2", "?", ("é", "e"), (True, False))]
-  scores = {"q1": [[-2.0, 1], [-3.0, 3]], "q2": [[-2.0, 1], [-2.0, 1]]}
-  # q1: the sum takes "ab", per byte -1.0 against -0.5 takes the other. q2: a tie, then -1.0 (two bytes) against -2.0.
+  questions = [Question("q1", "?", ("ab", "abcdef"), (False, True)), Question("q2", "?", ("é", "e"), (True, False)),
+               Question("q3", "?", ("éé", "abc"), (True, False))]
+  scores = {"q1": [[-2.0, 1], [-3.0, 3]], "q2": [[-2.0, 1], [-2.0, 1]], "q3": [[-6.0, 1], [-7.5, 1]]}
+  # q1: the sum takes "ab", per character and byte -1.0 against -0.5 takes the other.
+  # q2: sums tie and the first is taken, then each has one character, then -1.0 a byte (of two) beats -2.0.
   found = TASKS["piqa_cloze"].reduce(questions, scores)
-  assert found.items["acc"].tolist() == [0.0, 100.0] and found.items["acc_norm"].tolist() == [100.0, 100.0]
-  assert {name: estimate.value for name, estimate in found.estimates["overall"].items()} == {
-    "acc": 50.0, "acc_norm": 100.0, "chance": 50.0, "ties": 50.0}  # fmt: skip
+  assert found.items["acc"].tolist() == [0.0, 100.0, 100.0]
+  assert found.items["acc_norm"].tolist() == [100.0, 100.0, 0.0]  # q3: -3.0 a character against -2.5
+  assert found.items["acc_bytes"].tolist() == [100.0, 100.0, 100.0]  # q3: -1.5 a byte against -2.5
+  assert [found.estimates["overall"][name].value for name in ("chance", "ties")] == [50.0, pytest.approx(100 / 3)]
 
 
 def test_what_is_asked(tmp_path):
