@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Kind
@@ -27,6 +28,14 @@ BYTE_LEVEL = {
   "bos_token_id": 1,
   "eos_token_id": 2,
 }
+
+
+@pytest.fixture(scope="module")
+def quick_compilation():
+  """Programs here run once or twice; compiling them is what takes the time."""
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="session")

@@ -32,7 +32,8 @@ def token_logprobs(hidden_BPD: jax.Array, head: Head, target_BP: jax.Array) -> j
 def _token_logprobs_forward(hidden, head, target):
   def chunk(h, y):
     logits = _logits(h, head)
-    return _chosen(logits, y), _to_hidden(_to_products(_one_hot_minus(jax.nn.softmax(logits), y), logits, head), head, h)
+    slope = _one_hot_minus(jax.nn.softmax(logits), y)
+    return _chosen(logits, y), _to_hidden(_to_products(slope, logits, head), head, h)
 
   value, slope_BPD = _over_positions(chunk, head.shards, hidden, target)
   return value, (hidden, head, target, slope_BPD)

@@ -19,7 +19,8 @@ from jaxbias.models.config import LayerKind, Rope
 # Bookkeeping, training-time noise (no dropout here but LoRA's) and generation defaults.
 HARMLESS = frozenset(
   """_name_or_path _attn_implementation _commit_hash _flash_attn_2_enabled _attn_implementation_autoset architectures
-  activation_dropout attention_dropout attention_probs_dropout_prob attn_dropout attn_pdrop auto_map begin_suppress_tokens
+  activation_dropout attention_dropout attention_probs_dropout_prob attn_dropout attn_pdrop auto_map
+  begin_suppress_tokens
   bad_words_ids bos_token_id cache_implementation chunk_size_feed_forward classifier_dropout classifier_dropout_prob
   cls_token_id decoder_start_token_id directionality diversity_penalty do_sample down_scale_factor dropout dtype
   early_stopping embd_pdrop embedding_dropout encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty
@@ -39,7 +40,8 @@ HARMLESS = frozenset(
 )
 # Keys that must have one value, wherever they appear; anything else is a different model.
 ONLY = {
-  "is_encoder_decoder": (False,), "add_cross_attention": (False,), "is_decoder": (False, None), "pruned_heads": ({}, None),
+  "is_encoder_decoder": (False,), "add_cross_attention": (False,), "is_decoder": (False, None),
+  "pruned_heads": ({}, None),
   "quantization_config": (None,), "cross_attention_hidden_size": (None,), "position_embedding_type": ("absolute", None),
 }  # fmt: skip
 ACTIVATIONS = {

@@ -1,4 +1,6 @@
-"""One scanned stack, decoder or encoder: tokens in, hidden states out. The vocabulary is met in `losses/logprobs.py` only.
+"""One scanned stack, decoder or encoder: tokens in, hidden states out.
+
+The vocabulary is met in `losses/logprobs.py` only.
 
   hidden, captures = model.apply({"params": base, "lora": adapters, "lora_scale": scale}, batch.tokens, ...)
 
@@ -20,7 +22,18 @@ from jax.sharding import Mesh
 from jaxbias.mesh import batch_shards, by_rows, gathered
 from jaxbias.models.config import ModelConfig
 from jaxbias.models.layers import (
-  ACTIVATIONS, MLP, SITES, Attention, Cache, Context, Edit, Norm, PerLayer, Projection, rotary_tables, visible,
+  ACTIVATIONS,
+  MLP,
+  SITES,
+  Attention,
+  Cache,
+  Context,
+  Edit,
+  Norm,
+  PerLayer,
+  Projection,
+  rotary_tables,
+  visible,
 )  # fmt: skip
 
 # What the backward pass keeps of a block: the matrix products. Norms, activations and attention weights are cheaper to

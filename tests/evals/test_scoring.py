@@ -18,12 +18,7 @@ from tests.conftest import llama_tensors
 WINDOW = 512
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-  """Programs here run once or twice; compiling them is what takes the time."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture
@@ -39,7 +34,7 @@ def log_probabilities(model, params, ids: list[int]) -> np.ndarray:
   c, T = model.config, len(ids)
   p = jax.tree.map(np.asarray, params)
   norm = lambda x, scale: x / np.sqrt((x**2).mean(-1, keepdims=True) + c.norm_eps) * scale
-  angle = np.outer(np.arange(T), c.rope_theta ** (-np.arange(0, c.head_dim, 2) / c.head_dim))[:, None]
+  angle = np.outer(np.arange(T), 10000.0 ** (-np.arange(0, c.head_dim, 2) / c.head_dim))[:, None]
   turn = np.exp(1j * angle)
 
   def rotated(x):

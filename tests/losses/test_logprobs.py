@@ -17,21 +17,16 @@ from numpy.testing import assert_allclose, assert_array_equal
 from jaxbias.losses import logprobs
 from jaxbias.losses.logprobs import forward_kl, gather_positions, token_logprobs
 from jaxbias.losses.registry import parse
-from jaxbias.models.config import ModelConfig
 from jaxbias.models.lora import LoraConfig, init_lora
-from jaxbias.models.transformer import Transformer, abstract_variables
+from jaxbias.models.transformer import Head, Transformer, abstract_variables
 from jaxbias.train.step import make_train_step
 from jaxbias.types import Batch, TrainState
+from tests.models import tiny_config
 
 V, D, B, P = 37, 8, 3, 8
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-  """Programs here run once or twice; compiling them is what takes the time."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def arrays(seed: int = 0, size: float = 1.0) -> dict[str, np.ndarray]:
@@ -65,7 +60,8 @@ def ours(function, x: dict[str, np.ndarray]):
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def value_and_pullback(function, chunk, hidden, head, g, *rest):
   assert chunk == logprobs.CHUNK  # an argument so that another chunk is another program
-  value, pull = jax.vjp(lambda h, w: function(h, w, *rest), hidden, head)
+  rest = (*rest[:1], *map(Head, rest[1:]))
+  value, pull = jax.vjp(lambda h, w: function(h, Head(w), *rest), hidden, head)
   return value, *pull(g)
 
 
@@ -100,9 +96,36 @@ def test_forward_kl_and_both_gradients_are_those_of_log_softmax(monkeypatch, chu
     assert_allclose(found, expected, rtol=1e-4, atol=2e-5)
 
 
+@pytest.mark.parametrize("bias,softcap", [(True, None), (False, 2.0), (True, 2.0)])
+@pytest.mark.parametrize("function", READS)
+def test_a_head_with_a_bias_or_a_cap_differentiates_as_written_out(function, bias, softcap):
+  """Against JAX's own derivative of the same values with all logits at once."""
+  x = arrays(seed=3)
+  rng = np.random.default_rng(4)
+  head = Head(jnp.asarray(x["head"]), jnp.asarray(rng.standard_normal(V), jnp.float32) if bias else None, softcap)
+  ref = Head(jnp.asarray(x["ref_head"]), None, softcap)
+
+  def all_logits(hidden, head):
+    products = hidden @ head.matrix.T + (0.0 if head.bias is None else head.bias)
+    return products if softcap is None else softcap * jnp.tanh(products / softcap)
+
+  def written_out(hidden, head):
+    log_q = jax.nn.log_softmax(all_logits(hidden, head))
+    if function is token_logprobs:
+      return jnp.take_along_axis(log_q, x["target"][..., None], -1)[..., 0]
+    log_p = jax.nn.log_softmax(all_logits(x["ref_hidden"], ref))
+    return (jnp.exp(log_p) * (log_p - log_q)).sum(-1)
+
+  rest = (x["target"],) if function is token_logprobs else (x["ref_hidden"], ref)
+  total = lambda f: jax.jit(jax.value_and_grad(lambda h, w: (x["g"] * f(h, w)).sum(), argnums=(0, 1)))
+  ours, theirs = (total(f)(x["hidden"], head) for f in (lambda h, w: function(h, w, *rest), written_out))
+  jax.tree.map(lambda a, b: assert_allclose(a, b, rtol=1e-4, atol=2e-5), ours, theirs)
+
+
 def test_no_gradient_flows_to_the_reference():
   x = arrays(seed=2)
-  to_reference = jax.jit(jax.grad(lambda r, w: forward_kl(x["hidden"], x["head"], r, w).sum(), argnums=(0, 1)))
+  total = lambda r, w: forward_kl(x["hidden"], Head(x["head"]), r, Head(w)).sum()
+  to_reference = jax.jit(jax.grad(total, argnums=(0, 1)))
   for leaf in to_reference(x["ref_hidden"], x["ref_head"]):
     assert not leaf.any()
 
@@ -159,10 +182,7 @@ SIZES = {"V": 4096, "D": 16, "B": 4, "T": 64, "P": 48, "K": 40, "S": 3, "chunk":
 
 def compiled_step(losses: dict) -> str:
   V, D, B, T, P, K, S, _ = SIZES.values()
-  module = Transformer(ModelConfig(
-    family="llama", vocab_size=V, hidden_size=D, mlp_size=24, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4,
-    max_positions=T, norm_eps=1e-5, rope_theta=1e4, tied_head=True,
-  ))  # fmt: skip
+  module = Transformer(tiny_config(vocab_size=V, hidden_size=D, num_layers=2, max_positions=T))
   of = lambda dtype: lambda *shape: jax.ShapeDtypeStruct(shape, dtype)
   ints, floats = of(jnp.int32), of(jnp.float32)
   params = nn.unbox(abstract_variables(module))

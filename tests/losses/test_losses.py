@@ -25,23 +25,19 @@ from jaxbias.losses.likelihood import ga, kl, sft
 from jaxbias.losses.logprobs import forward_kl, gather_positions, token_logprobs
 from jaxbias.losses.preference import dpo, npo
 from jaxbias.losses.registry import LOSSES, LossContext, evaluate, parse
-from jaxbias.models.config import ModelConfig
 from jaxbias.models.lora import LoraConfig, init_lora, lora_scale
-from jaxbias.models.transformer import Transformer, abstract_variables, head_matrix
+from jaxbias.models.transformer import Head, Transformer, abstract_variables
+from jaxbias.models.transformer import head as model_head
 from jaxbias.train.step import make_train_step
 from jaxbias.types import ROLES, Batch, Metric, TrainState
+from tests.models import tiny_config
 
 ORACLE = json.loads((Path(__file__).parents[1] / "oracles" / "biasunlearn_oracle.json").read_text())
 BETAS = pytest.mark.parametrize("beta", [0.01, 0.1, 0.5, 1.0])
 EVERY_LOSS = pytest.mark.parametrize("name", sorted(LOSSES))
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-  """Programs here run once or twice; compiling them is what takes the time."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,7 +196,7 @@ def test_sft_and_gradient_ascent_are_opposite():
 def test_kl_is_zero_and_flat_at_the_reference_and_positive_elsewhere():
   rng = np.random.default_rng(0)
   ref, other = (rng.standard_normal((2, 3, 11)).astype(np.float32) for _ in range(2))
-  head = np.eye(11, dtype=np.float32)
+  head = Head(jnp.eye(11))
 
   def of(logits):
     ctx = context([[text("general", 0.0, kl=np.zeros(3))]] * 2)
@@ -220,7 +216,7 @@ def test_kl_is_zero_and_flat_at_the_reference_and_positive_elsewhere():
 @EVERY_LOSS
 def test_the_gradient_is_the_finite_difference(name):
   """Through log-softmax, along random directions of the logits of a model that is no longer the reference."""
-  ctx, head = context([texts()[:4], texts()[4:]]), jnp.eye(7)
+  ctx, head = context([texts()[:4], texts()[4:]]), Head(jnp.eye(7))
   B, P, K = len(ctx.batch.role), ctx.logprob_BP.shape[1], ctx.kl_BK.shape[1]
   rng = np.random.default_rng(1)
   target, ref_logits = jnp.asarray(rng.integers(0, 7, (B, P))), jnp.asarray(rng.standard_normal((B, K, 7)), jnp.float32)
@@ -351,7 +347,7 @@ def test_retention_is_the_published_codes():
 def test_the_anchor_is_the_true_divergence_over_real_tokens_only():
   inputs, exact = ORACLE["kl"]["inputs"], ORACLE["kl"]["float64"]
   theta, ref = (jnp.asarray(inputs[f"logits_{which}"], jnp.float32) for which in ("theta", "ref"))
-  mask, head = np.array(inputs["attention_mask"]), jnp.eye(theta.shape[-1])
+  mask, head = np.array(inputs["attention_mask"]), Head(jnp.eye(theta.shape[-1]))
   each = np.asarray(forward_kl(theta, head, ref, head))
   real, everything = (
     context([[text("general", 0.0, kl=row[keep > 0])] for row, keep in zip(each, which, strict=True)])
@@ -409,10 +405,7 @@ def test_what_a_config_says_and_what_it_leaves_out(name):
 
 def step_inputs(objective):
   """A tiny model, fresh adapters, and a batch of one text a role whose reference is the model itself."""
-  module = Transformer(ModelConfig(
-    family="llama", vocab_size=23, hidden_size=8, mlp_size=12, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=4,
-    max_positions=32, norm_eps=1e-5, rope_theta=1e4, tied_head=True,
-  ))  # fmt: skip
+  module = Transformer(tiny_config(hidden_size=8, mlp_size=12, num_layers=2, num_heads=2, num_kv_heads=1))
   rng = np.random.default_rng(0)
   params = jax.tree.map(
     lambda x: jnp.asarray(0.5 * rng.standard_normal(x.shape), jnp.float32), nn.unbox(abstract_variables(module))
@@ -430,7 +423,7 @@ def step_inputs(objective):
       pair[at.b, at.s] = twin.b * shape.S + twin.s
   forward = jax.jit(lambda *inputs: module.apply({"params": params}, *inputs)[0])
   hidden = forward(*(arrays[name] for name in ("tokens", "segment", "position")))
-  head = head_matrix(params, module.config)
+  head = model_head(params, module.config)
   ref_logprob = token_logprobs(gather_positions(hidden, arrays["score_at"]), head, arrays["target"])
   batch = Batch(**arrays, role=role, pair=pair, ref_logprob=ref_logprob,
                 ref_hidden=gather_positions(hidden, arrays["kl_at"]))  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -19,29 +20,23 @@ from jaxbias.errors import UserError
 from jaxbias.losses import logprobs
 from jaxbias.mesh import Layout, make_mesh
 from jaxbias.models.checkpoints import load_params, read_config
-from jaxbias.models.config import ModelConfig
-from jaxbias.models.families import family_of, llama
-from jaxbias.models.layers import SITES, Edit, Projection, attention_mask
-from jaxbias.models.transformer import Transformer, abstract_variables, head_matrix
+from jaxbias.models.families import model_config
+from jaxbias.models.layers import SITES, Edit, Projection, visible
+from jaxbias.models.transformer import Transformer, abstract_variables, head
 
 FOLDER = Path(__file__).parents[1] / "oracles" / "models" / "llama"
-CONFIG = llama.model_config(read_config(FOLDER))
+CONFIG = model_config(read_config(FOLDER))
 MODULE = Transformer(CONFIG)
 L, D = CONFIG.num_layers, CONFIG.hidden_size
 B, T = 3, 13  # the oracle's batch
 ATOL, RTOL = 2e-5, 1e-4  # oracles/README.md
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-  """Programs here run once or twice; compiling them is what takes the time."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def load(folder: Path, dtype: str = "float32") -> dict:
-  config = llama.model_config(read_config(folder))
+  config = model_config(read_config(folder))
   boxed = abstract_variables(Transformer(config))
   abstract = nn.unbox(boxed)
   shardings = Layout(make_mesh({"data": -1})).shardings(abstract, nn.get_partition_spec(boxed))
@@ -95,7 +90,7 @@ def test_logits_and_every_hidden_state_are_hugging_faces(params, io):
     assert_allclose(states[real], io[f"hidden_{i}"][real], rtol=RTOL, atol=ATOL, err_msg=f"hidden_{i}")
   for i in range(L - 1):
     assert_allclose(captures["residual_out"][i][real], io[f"hidden_{i + 1}"][real], rtol=RTOL, atol=ATOL)
-  logits = np.asarray(hidden) @ np.asarray(head_matrix(params, CONFIG)).T
+  logits = np.asarray(hidden) @ np.asarray(head(params, CONFIG).matrix).T
   assert_allclose(logits[real], io["logits"][real], rtol=RTOL, atol=ATOL)
 
 
@@ -112,7 +107,7 @@ def test_loss_and_the_gradient_of_every_parameter_are_hugging_faces(params, io, 
 
   def loss(params):
     hidden, _ = MODULE.apply({"params": params}, tokens, segment, jnp.broadcast_to(jnp.arange(T), (B, T)))
-    each = logprobs.token_logprobs(hidden[:, :-1], head_matrix(params, CONFIG), jnp.asarray(tokens[:, 1:]))
+    each = logprobs.token_logprobs(hidden[:, :-1], head(params, CONFIG), jnp.asarray(tokens[:, 1:]))
     return -jnp.where(scored, each, 0.0).sum() / scored.sum()
 
   value, grads = jax.jit(jax.value_and_grad(loss))(params)
@@ -173,7 +168,7 @@ def test_layers_are_stacked_and_compiled_once_whatever_the_depth(params):
     assert (leaf.shape[0] == L) == (path[0] == "layers"), path
 
   def program(depth):
-    config = ModelConfig(**{**CONFIG.__dict__, "num_layers": depth})
+    config = dataclasses.replace(CONFIG, num_layers=depth)
     module = Transformer(config)
     abstract = nn.unbox(abstract_variables(module))
     one = jnp.zeros((1, 8), jnp.int32)
@@ -196,13 +191,18 @@ def test_a_projection_is_a_matrix_product_and_its_bias(bias):
 # What a position may see
 
 
-def test_attention_mask_is_its_definition():
+@pytest.mark.parametrize("causal,window", [(True, None), (True, 2), (False, None)])
+def test_what_a_position_sees_is_its_definition(causal, window):
   segment = np.array([[1, 1, 1, 1, 1, 2, 2, 0], [1, 1, 1, 1, 1, 1, 0, 0]])
   branch = np.array([[0, 0, 1, 1, 2, 0, 1, 0], [0, 1, 2, 2, 1, 3, 0, 0]])
-  mask = np.asarray(attention_mask(jnp.asarray(segment), jnp.asarray(branch)))[:, 0]
+  position = np.array([[0, 1, 2, 3, 2, 0, 1, 0], [0, 1, 1, 2, 2, 1, 0, 0]])
+  rows = tuple(map(jnp.asarray, (segment, position, branch)))
+  mask = np.asarray(visible(rows, rows, causal, window))[:, 0]
   for b, t, s in np.ndindex(mask.shape):
     same_segment, shared = segment[b, t] == segment[b, s], branch[b, s] in (0, branch[b, t])
-    assert mask[b, t, s] == (s <= t and same_segment and shared), (b, t, s)
+    near = window is None or abs(position[b, t] - position[b, s]) < window
+    earlier = position[b, s] <= position[b, t] or not causal
+    assert mask[b, t, s] == (earlier and same_segment and shared and near), (b, t, s)
   assert mask.any(axis=-1).all(), "no softmax row may be empty"
 
 
@@ -300,7 +300,7 @@ def test_an_untied_head_is_needed_and_read(folder):
     load(folder)
   rewrite(folder, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"] + 1}))
   params = load(folder)
-  assert_array_equal(head_matrix(params, llama.model_config(hf)), np.asarray(params["embedding"]) + 1)
+  assert_array_equal(head(params, model_config(hf)).matrix, np.asarray(params["embedding"]) + 1)
 
 
 @pytest.mark.parametrize("kept", [0.6, 0.999])
@@ -340,33 +340,3 @@ def test_weights_in_several_files_and_in_bfloat16(folder, params):
   (folder / "model-1.safetensors").unlink()
   with pytest.raises(UserError, match="model-1.safetensors is missing"):
     load(folder)
-
-
-def test_an_architecture_that_is_not_supported_is_named_with_those_that_are():
-  with pytest.raises(UserError, match="MambaForCausalLM, which is not supported; supported: .*LlamaForCausalLM"):
-    family_of({"architectures": ["MambaForCausalLM"]})
-  with pytest.raises(UserError, match="(none)"):
-    family_of({})
-
-
-@pytest.mark.parametrize("config", [
-  {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}},
-  {"rope_parameters": None, "rope_theta": 1e4, "rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
-  {"rope_parameters": None, "rope_theta": 1e4, "rope_scaling": {"type": "llama3", "factor": 8.0}},
-])  # fmt: skip
-def test_rope_scaling_is_refused_by_name(config):
-  with pytest.raises(UserError, match="rope scaling `llama3`, which is not supported"):
-    llama.model_config({**read_config(FOLDER), **config})
-
-
-def test_the_older_layout_of_a_config_means_the_same():
-  new = read_config(FOLDER)
-  theta = new["rope_parameters"]["rope_theta"]
-  old = {k: v for k, v in new.items() if k != "rope_parameters"} | {"rope_theta": theta, "rope_scaling": None}
-  assert llama.model_config(old) == CONFIG
-
-
-@pytest.mark.parametrize("key,value", [("hidden_act", "gelu"), ("pretraining_tp", 2)])
-def test_settings_that_would_change_the_result_are_refused(key, value):
-  with pytest.raises(UserError, match=key):
-    llama.model_config({**read_config(FOLDER), key: value})

@@ -13,27 +13,19 @@ from jax.test_util import check_grads
 from numpy.testing import assert_allclose, assert_array_equal
 
 from jaxbias.errors import UserError
-from jaxbias.models.config import ModelConfig
 from jaxbias.models.layers import low_rank
 from jaxbias.models.lora import LoraConfig, init_lora, lora_axes, lora_scale, merge
 from jaxbias.models.transformer import Transformer, abstract_variables
+from tests.models import tiny_config
 
-CONFIG = ModelConfig(
-  family="llama", vocab_size=23, hidden_size=16, mlp_size=24, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=4,
-  max_positions=32, norm_eps=1e-5, rope_theta=1e4, tied_head=True,
-)  # fmt: skip
+CONFIG = tiny_config()
 MODULE = Transformer(CONFIG)
 LORA = LoraConfig(rank=2, alpha=6.0)
 SCALE = lora_scale(LORA, CONFIG.num_layers)
 TOKENS = np.arange(14).reshape(2, 7)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-  """Programs here run once or twice; compiling them is what takes the time."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def random_like(tree, seed: int, size: float = 0.3):

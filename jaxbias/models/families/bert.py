@@ -17,6 +17,7 @@ IGNORED = (
   ".position_ids", ".token_type_ids", ".pooler.dense.weight", ".pooler.dense.bias", ".pooler.weight", ".pooler.bias",
   "cls.seq_relationship.weight", "cls.seq_relationship.bias", "sop_classifier.classifier.weight",
   "sop_classifier.classifier.bias", "predictions.decoder.bias", "lm_head.decoder.bias",
+  "predictions.bias", "lm_head.bias",
 )  # fmt: skip
 
 
@@ -91,7 +92,10 @@ def layout(c: ModelConfig) -> Mapping[str, Stored]:
     "positions": Stored(f"{base}.embeddings.position_embeddings.weight"),
     "token_types": Stored(f"{base}.embeddings.token_type_embeddings.weight"),
   } | norm("embedding_norm", f"{base}.embeddings.LayerNorm", True)
-  return out | HEADS[kind] | LAYERS.get(kind, _bert_layers)(base)
+  out |= HEADS[kind] | LAYERS.get(kind, _bert_layers)(base)
+  if not c.tied_head and kind in UNTIED_BIAS:  # a decoder of its own brings its own bias, and the other is not used
+    out["head_bias"] = Stored(UNTIED_BIAS[kind])
+  return out
 
 
 def _bert_layers(base: str) -> dict[str, Stored]:
@@ -144,3 +148,5 @@ HEADS = {
   "Electra": _head("generator_predictions.dense", "generator_predictions.LayerNorm", "generator_lm_head.bias",
                    "generator_lm_head.weight"),
 }  # fmt: skip
+UNTIED_BIAS = {"Bert": "cls.predictions.decoder.bias", "Roberta": "lm_head.decoder.bias",
+               "Albert": "predictions.decoder.bias"}  # fmt: skip

@@ -24,9 +24,11 @@ def model_config(keys: Keys, architecture: str) -> ModelConfig:
     cycle = keys.get("sliding_window_pattern", keys.get("_sliding_window_pattern", 6))
     ropes = (keys.rope(head_dim, "full_attention", theta=1e6),
              keys.rope(head_dim, "sliding_attention", "rope_local_base_freq", 1e4, scaled=False))  # fmt: skip
+    keys.get("attn_logit_softcapping")  # Hugging Face's Gemma 3 carries the key and computes without it
     quirks = {"qk_norm": "head", "ropes": ropes}
   else:
-    cycle, quirks = 2, {"ropes": (keys.rope(head_dim),)}
+    cycle = 2
+    quirks = {"ropes": (keys.rope(head_dim),), "attention_softcap": _cap(keys, "attn_logit_softcapping", 50.0)}
   slides = [(i + 1) % cycle > 0 for i in range(layers)]
   window = keys.size("sliding_window", 4096)
   return ModelConfig(
@@ -49,8 +51,7 @@ def model_config(keys: Keys, architecture: str) -> ModelConfig:
     qkv_bias=bias,
     output_bias=bias,
     query_scale=keys.number("query_pre_attn_scalar", 256) ** -0.5,
-    attention_softcap=_cap(keys, "attn_logit_softcapping", third),
-    logit_softcap=_cap(keys, "final_logit_softcapping", third),
+    logit_softcap=_cap(keys, "final_logit_softcapping", None if third else 30.0),
     embedding_scale=math.sqrt(width),
     **keys.layer_kinds(layers, window, slides, (0, 1) if third else (0, 0)),
     **keys.special_ids(),
@@ -58,10 +59,9 @@ def model_config(keys: Keys, architecture: str) -> ModelConfig:
   )
 
 
-def _cap(keys: Keys, key: str, third: bool) -> float | None:
-  """null is no cap; Gemma 2 has caps of 50 and 30 where the key is absent."""
-  default = None if third or key in keys.hf else {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}[key]
-  value = keys.get(key, default)
+def _cap(keys: Keys, key: str, default: float | None) -> float | None:
+  """null is no cap; the default counts where the key is absent."""
+  value = keys.get(key, None if key in keys.hf else default)
   return None if value is None else keys.number(key, value)
 
 

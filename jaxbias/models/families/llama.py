@@ -51,9 +51,10 @@ def _mistral(keys: Keys, layers: int) -> dict:
 
 def _qwen2(keys: Keys, layers: int) -> dict:
   """The last layers slide where `use_sliding_window` says so; biases on queries, keys and values only."""
-  window = keys.get("sliding_window") if keys.flag("use_sliding_window") else None
-  first = keys.get("max_window_layers", 28)
-  return {"qkv_bias": True} | keys.layer_kinds(layers, window, [window is not None and i >= first for i in range(layers)])
+  window, slides, first = keys.get("sliding_window"), keys.flag("use_sliding_window"), keys.get("max_window_layers", 28)
+  window = window if slides else None
+  pattern = [window is not None and i >= first for i in range(layers)]
+  return {"qkv_bias": True} | keys.layer_kinds(layers, window, pattern)
 
 
 def _qwen3(keys: Keys, layers: int) -> dict:

@@ -18,6 +18,7 @@ def model_config(keys: Keys, architecture: str) -> ModelConfig:
   width, heads = keys.size("hidden_size"), keys.size("num_attention_heads")
   positions = keys.size("max_position_embeddings", 2048)
   bias, before = keys.flag("enable_bias", True), keys.flag("do_layer_norm_before", True)
+  unnormed = keys.flag("_remove_final_layer_norm")
   keys.one_of("layer_norm_elementwise_affine", (True,), True)
   narrow = keys.size("word_embed_proj_dim", width)
   return ModelConfig(
@@ -34,7 +35,7 @@ def model_config(keys: Keys, architecture: str) -> ModelConfig:
     max_positions=positions,
     norm="layer",
     norm_order="pre" if before else "post",
-    final_norm=before and not keys.flag("_remove_final_layer_norm"),
+    final_norm=before and not unnormed,
     norm_eps=1e-5,
     activation=keys.activation("activation_function", "relu"),
     gated_mlp=False,
@@ -60,4 +61,5 @@ def layout(c: ModelConfig) -> Mapping[str, Stored]:
   out |= norm("layers/mlp_norm", f"{theirs}final_layer_norm", True)
   for ours, name in {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "out_proj"}.items():
     out |= linear(f"layers/attention/{ours}", f"{theirs}self_attn.{name}", c.qkv_bias)
-  return out | linear("layers/mlp/up", f"{theirs}fc1", c.mlp_bias) | linear("layers/mlp/down", f"{theirs}fc2", c.mlp_bias)
+  out |= linear("layers/mlp/up", f"{theirs}fc1", c.mlp_bias)
+  return out | linear("layers/mlp/down", f"{theirs}fc2", c.mlp_bias)
