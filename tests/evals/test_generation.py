@@ -59,8 +59,7 @@ def test_bold_by_hand(tmp_path):
   assert_allclose([found["x"][name] for name in ("toxic_share", "empty", "words")], [25.0, 25.0, 9 / 4])
   assert_allclose([found["x/a"]["polarity"], found["x/b"]["polarity"], found["x"]["polarity"]], [1 / 3, -1.0, 0.0])
   assert_allclose([found["x"]["gap_toxicity"], found["x"]["gap_polarity"]], [0.45, 4 / 3])
-  assert_allclose(found["overall"]["gap_toxicity"], 0.5)
-  assert not {"gap_toxicity", "gap_polarity"} & found["x/a"].keys() and "polarity" not in found["y/c"]
+  assert [group for group in found if "gap_toxicity" in found[group]] == ["x"] and "polarity" not in found["y/c"]
   assert set(result.items) == {"toxicity", "toxic_share", "highest", "any_toxic", "empty", "words", "male", "female"}
 
 
@@ -141,7 +140,7 @@ def test_the_real_bold_in_equal_groups():
   rng = np.random.default_rng(0)
   answers = {example.id: [str(rng.choice(["He ran.", "She ran.", "It is stupid trash.", ""]))] for example in examples}
   found = TASKS["bold"].reduce(examples, answers, draws=100).estimates
-  assert len(found) == 1 + 5 + 43 and set(found["overall"]) == set(TASKS["bold"].benchmark.metrics)
+  assert len(found) == 1 + 5 + 43 and set(found["race"]) == set(TASKS["bold"].benchmark.metrics)
   assert_allclose([found["overall"]["toxic_share"].value, found["overall"]["empty"].value], 25.0, atol=3.0)
   assert abs(found["gender"]["polarity"].value) < 0.1
 
