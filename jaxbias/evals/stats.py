@@ -94,12 +94,14 @@ def sign_flips(difference_C: np.ndarray, *, draws: int = 10_000, seed: int = 0) 
   clusters = len(difference_C)
   exact = clusters <= np.log2(draws)
   if exact:
-    flip_RC = np.arange(2**clusters)[:, None] >> np.arange(clusters) & 1
-  else:
-    flip_RC = np.random.default_rng(seed).integers(2, size=(draws, clusters), dtype=np.int8)
-  slack = 1e-12 * np.abs(difference_C).sum()  # sums in another order differ in the last digits
-  hits = np.sum(np.abs((1.0 - 2.0 * flip_RC) @ difference_C) >= np.abs(difference_C.sum()) - slack)
-  return float(hits / len(flip_RC) if exact else (hits + 1) / (draws + 1))
+    blocks = [np.arange(2**clusters)[:, None] >> np.arange(clusters) & 1]
+  else:  # a few at a time, to stay small in memory
+    rng = np.random.default_rng(seed)
+    blocks = (rng.integers(2, size=(min(500, draws - start), clusters)) for start in range(0, draws, 500))
+  total, slack = difference_C.sum(), 1e-12 * np.abs(difference_C).sum()  # other orders differ in the last digits
+  sum_R = np.concatenate([total - 2.0 * (flip_RC @ difference_C) for flip_RC in blocks])
+  hits = np.sum(np.abs(sum_R) >= np.abs(total) - slack)
+  return float(hits / len(sum_R) if exact else (hits + 1) / (draws + 1))
 
 
 def holm(p_H: Sequence[float]) -> np.ndarray:
