@@ -45,7 +45,13 @@ def defaults() -> ConfigDict:
     "source": "builtin",  # or a path to StereoSet's own JSON
     "split_file": "",  # target terms of each split, for StereoSet; empty = by the hash rule of docs/data.md
   }
-  c.lora = {"rank": 8, "alpha": 16.0, "targets": ("q", "k", "v", "o", "gate", "up", "down")}
+  c.lora = {
+    "rank": 8,
+    "alpha": 16.0,
+    "targets": ("q", "k", "v", "o", "gate", "up", "down"),
+    "layers": (),  # the first layer and the one behind the last, e.g. (0, 10); empty = all
+    "dropout": 0.0,
+  }
   c.train = {
     "steps": 40,
     "rows": {"forget": 8, "retain": 8, "general": 8},  # texts of each role in a step, over all devices
@@ -175,6 +181,11 @@ def validate(config: ConfigDict) -> None:
     raise UserError(f"train.rows = {t.rows.to_dict()}; every role needs at least one text a step.")
   if config.lora.rank < 1:
     raise UserError(f"lora.rank = {config.lora.rank}; it must be at least 1.")
+  if not 0 <= config.lora.dropout < 1:
+    raise UserError(f"lora.dropout = {config.lora.dropout}; it must be at least 0 and below 1.")
+  if len(config.lora.layers) not in (0, 2):
+    raise UserError(f"lora.layers = {tuple(config.lora.layers)}; give the first layer and the one behind the last, or "
+                    "nothing for all.")
   if not config.seeds:
     raise UserError("seeds is empty; give at least one, e.g. --config.seeds='(0,)'.")
   if len({s for s in config.seeds if isinstance(s, int) and s >= 0}) < len(config.seeds):

@@ -190,7 +190,7 @@ class Projection(nn.Module):
 
 
 class Attention(nn.Module):
-  """Self-attention with grouped key-value heads. With a cache, returns the layer's keys and values, new ones included."""
+  """Self-attention with grouped key-value heads. With a cache, also the layer's keys and values, old and new."""
 
   config: ModelConfig
   lora_dropout: float

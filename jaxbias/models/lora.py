@@ -7,7 +7,7 @@ adapted projection, and `lora_scale`, one factor per layer (alpha / r, or 0 for 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import flax.linen as nn
 import jax
@@ -20,16 +20,23 @@ from jaxbias.errors import UserError, did_you_mean
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-  """`targets` are projection names (q, k, v, o, gate, up, down); the update is scaled by alpha / rank."""
+  """`targets` are projection names (q, k, v, o, gate, up, down); the update is scaled by alpha / rank.
+
+  `layers`: the first adapted layer and the one behind the last; () for all. Every layer has factors whatever the range
+  and the range is traced, so that early, late and all layers share one compiled step.
+  """
 
   rank: int = 8
   alpha: float = 16.0
   targets: tuple[str, ...] = ("q", "k", "v", "o", "gate", "up", "down")
+  layers: tuple[int, ...] = ()
+  dropout: float = 0.0  # of the input of A, in training
 
 
 def target_kernels(params: Mapping, config: LoraConfig) -> dict[tuple[str, ...], jax.Array]:
   """{path of the projection: its kernel [L, in, out]} for every adapted projection."""
-  kernels = {path[:-1]: leaf for path, leaf in flatten_dict(dict(params)).items() if path[-1] == "kernel"}
+  leaves = flatten_dict(dict(params)).items()
+  kernels = {path[:-1]: leaf for path, leaf in leaves if path[0] == "layers" and path[-1] == "kernel"}
   names = {path[-1] for path in kernels}
   for target in config.targets:
     if target not in names:
@@ -61,8 +68,16 @@ def lora_axes(boxed_params: Mapping, config: LoraConfig) -> dict:
 
 
 def lora_scale(config: LoraConfig, num_layers: int) -> dict:
-  """The `lora_scale` collection: alpha / rank for every layer."""
-  return {"scale": jnp.full((num_layers,), config.alpha / config.rank, jnp.float32)}
+  """The `lora_scale` collection: alpha / rank for every layer in the range, 0 for the others.
+
+  Raises UserError for a range that is empty or leaves the model.
+  """
+  first, end = config.layers or (0, num_layers)
+  if not 0 <= first < end <= num_layers:
+    raise UserError(f"lora.layers = {config.layers}; the model has layers 0 to {num_layers - 1}, and the second number "
+                    "is the layer behind the last.")
+  layer = jnp.arange(num_layers)
+  return {"scale": jnp.where((layer >= first) & (layer < end), config.alpha / config.rank, 0.0).astype(jnp.float32)}
 
 
 def group_scales(scale_L: np.ndarray, groups: int) -> np.ndarray:
@@ -85,3 +100,16 @@ def merge(params: Mapping, lora: Mapping, scale: Mapping) -> dict:
     a, b = factors[(*path, "a")], factors[(*path, "b")]
     flat[(*path, "kernel")] = add_product(flat[(*path, "kernel")], a, b, group_scales(scale["scale"], len(a)))
   return unflatten_dict(flat)
+
+
+def unmerge(params: Mapping, lora: Mapping, scale: Mapping) -> dict:
+  """The base again, from what `merge` made of it: equal up to the rounding of one sum and one difference."""
+  return merge(params, lora, {"scale": -jnp.asarray(scale["scale"])})
+
+
+def stack(adapters: Sequence[Mapping]) -> dict:
+  """Several adapters of one shape as one tree with a leading axis, for `jax.vmap` over them on one frozen base:
+
+  `jax.vmap(lambda lora: module.apply({"params": base, "lora": lora, "lora_scale": scale}, ...))(stack(adapters))`
+  """
+  return jax.tree.map(lambda *leaves: jnp.stack(leaves), *adapters)

@@ -56,13 +56,16 @@ class Trainer:
 
   @classmethod
   def of(cls, model: LanguageModel, config) -> Trainer:
-    lora = LoraConfig(config.lora.rank, config.lora.alpha, tuple(config.lora.targets))
+    chosen = config.lora
+    lora = LoraConfig(chosen.rank, chosen.alpha, tuple(chosen.targets), tuple(chosen.layers), chosen.dropout)
     target_kernels(model.params, lora)  # refuses targets that the model has not
+    lora_scale(lora, model.config.num_layers)  # refuses layers that it has not
     return cls(model, config.train, lora, make_optimizer(config.train))
 
   def step_for(self, objective: Objective) -> Callable:
     if objective not in self.steps:
-      self.steps[objective] = make_train_step(self.model.module, objective, self.tx)
+      module = self.model.module.clone(lora_dropout=self.lora.dropout)
+      self.steps[objective] = make_train_step(module, objective, self.tx)
     return self.steps[objective]
 
   @property
@@ -112,7 +115,9 @@ def train(trainer: Trainer, run: Run, on_step: Callable[[dict], None] = lambda r
   step_function = trainer.step_for(run.objective)
   frozen = {"params": trainer.model.params, "lora_scale": trainer.scale}
   sharding = batch_sharding(trainer.model.mesh)
-  coefficients = jax.device_put(jax.tree.map(np.float32, run.coefficients), replicated(trainer.model.mesh))
+  coefficients = jax.tree.map(np.float32, run.coefficients)
+  coefficients["dropout_key"] = jax.random.fold_in(jax.random.key(run.sampler.seed), 1)  # 0 drew the adapters
+  coefficients = jax.device_put(coefficients, replicated(trainer.model.mesh))
   clock = time.perf_counter()
 
   def report(step: int, metrics, ids: list[str], batch) -> None:

@@ -19,9 +19,12 @@ from jaxbias.models.transformer import Transformer
 from jaxbias.types import Batch, LossOutput, TrainState
 
 
-def loss(module: Transformer, objective: Objective, lora: Any, frozen: Mapping, batch: Batch, coefficients: Mapping):
+def loss(
+  module: Transformer, objective: Objective, lora: Any, frozen: Mapping, batch: Batch, coefficients: Mapping,
+  rngs: Mapping[str, jax.Array],
+):  # fmt: skip
   """(total, (LossOutput, log-probability per segment [B, S])) of the adapted model on one batch."""
-  hidden, _ = module.apply({"lora": lora, **frozen}, batch.tokens, batch.segment, batch.position)
+  hidden, _ = module.apply({"lora": lora, **frozen}, batch.tokens, batch.segment, batch.position, rngs=rngs)
   head = transformer.head(frozen["params"], module.config, module.mesh)
   logprob_BP = token_logprobs(gather_positions(hidden, batch.score_at), head, batch.target)
   kl_BK = None
@@ -34,12 +37,13 @@ def loss(module: Transformer, objective: Objective, lora: Any, frozen: Mapping, 
 
 def make_train_step(module: Transformer, objective: Objective, tx: optax.GradientTransformation) -> Callable:
   """The jitted step. `coefficients` = {"learning_rate": ..., "losses": {...}} are traced: changing one never
-  recompiles. A step whose loss or gradient is not finite changes nothing and says so in its metrics."""
+  recompiles. With LoRA dropout they hold its `dropout_key`, too, which is folded with the step.
+  A step whose loss or gradient is not finite changes nothing and says so in its metrics."""
 
   def step(state: TrainState, frozen: Mapping, batch: Batch, coefficients: Mapping):
-    compute = jax.value_and_grad(lambda lora: loss(module, objective, lora, frozen, batch, coefficients["losses"]),
-                                 has_aux=True)  # fmt: skip
-    (total, (out, logprob_BS)), grads = compute(state.params)
+    rngs = {"dropout": jax.random.fold_in(coefficients["dropout_key"], state.step)} if module.lora_dropout else {}
+    of = lambda lora: loss(module, objective, lora, frozen, batch, coefficients["losses"], rngs)
+    (total, (out, logprob_BS)), grads = jax.value_and_grad(of, has_aux=True)(state.params)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     updates = jax.tree.map(lambda u: -coefficients["learning_rate"] * u, updates)
     moved = TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state)

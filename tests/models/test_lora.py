@@ -13,8 +13,8 @@ from jax.test_util import check_grads
 from numpy.testing import assert_allclose, assert_array_equal
 
 from jaxbias.errors import UserError
-from jaxbias.models.layers import low_rank
-from jaxbias.models.lora import LoraConfig, init_lora, lora_axes, lora_scale, merge
+from jaxbias.models.layers import Projection, low_rank
+from jaxbias.models.lora import LoraConfig, init_lora, lora_axes, lora_scale, merge, stack, unmerge
 from jaxbias.models.transformer import Transformer, abstract_variables
 from tests.models import tiny_config
 
@@ -129,3 +129,67 @@ def test_the_low_rank_product_differentiates_as_a_product(shape):
   )
   jax.tree.map(lambda u, v: assert_allclose(u, v, rtol=1e-5, atol=1e-5), ours, theirs)
   check_grads(low_rank, (x, a, b), order=1, modes=["rev"], atol=1e-2, rtol=1e-2)
+
+
+# Layer ranges, dropout, stacks
+
+
+@pytest.mark.parametrize("layers", [(), (0, 1), (1, 3), (2, 3)])
+def test_a_range_of_layers_adapts_these_and_no_others(params, trained, layers):
+  scale = lora_scale(LoraConfig(rank=2, alpha=6.0, layers=layers), 3)
+  first, end = layers or (0, 3)
+  assert scale["scale"].tolist() == [3.0 if first <= i < end else 0.0 for i in range(3)]
+  inside = jax.tree.map(lambda leaf: jnp.where((jnp.arange(3) >= first)[:, None, None] &
+                                               (jnp.arange(3) < end)[:, None, None], leaf, 0.0), trained)  # fmt: skip
+  ranged = hidden({"params": params, "lora": trained, "lora_scale": scale})
+  assert_allclose(ranged, hidden({"params": params, "lora": inside, "lora_scale": SCALE}), atol=1e-6)
+
+
+@pytest.mark.parametrize("layers", [(2, 2), (-1, 2), (1, 4)])
+def test_a_range_outside_the_model_is_refused(layers):
+  with pytest.raises(UserError, match="lora.layers.*layers 0 to 2"):
+    lora_scale(LoraConfig(layers=layers), 3)
+
+
+def test_merging_and_unmerging_gives_the_base_back(params, trained):
+  back = unmerge(merge(params, trained, SCALE), trained, SCALE)
+  jax.tree.map(lambda a, b: assert_allclose(a, b, atol=1e-6), back, params)
+
+
+def test_a_stack_of_adapters_runs_as_each_alone(params, trained):
+  others = [random_like(trained, seed) for seed in (7, 8)]
+  position = jnp.broadcast_to(jnp.arange(7), (2, 7))
+
+  @jax.jit
+  def each(lora):
+    variables = {"params": params, "lora": lora, "lora_scale": SCALE}
+    return MODULE.apply(variables, TOKENS, jnp.ones((2, 7), int), position)[0]
+
+  together = jax.vmap(each)(stack([trained, *others]))
+  for found, lora in zip(together, [trained, *others], strict=True):
+    assert_allclose(found, each(lora), atol=1e-5)
+
+
+def test_dropout_acts_with_a_key_only_and_is_unbiased(params, trained):
+  """One projection: the mean over keys of drop(x) A B is x A B, and the base is never touched."""
+  module = Projection(5, ("embed", "mlp"), lora_dropout=0.5)
+  rng = np.random.default_rng(0)
+  x, w, a, b = (jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((3, 8), (8, 5), (8, 2), (2, 5)))
+  variables = {"params": {"kernel": w}, "lora": {"a": a, "b": b}}
+  plain = module.apply(variables, x, 1.0)
+  assert_allclose(plain, x @ w + x @ a @ b, rtol=1e-4, atol=1e-5)
+  draw = jax.jit(jax.vmap(lambda key: module.apply(variables, x, 1.0, rngs={"dropout": key})))
+  drawn = draw(jax.random.split(jax.random.key(0), 20_000))
+  assert np.abs(drawn[0] - plain).max() > 0.1
+  spread = drawn.std(0) / np.sqrt(len(drawn))
+  assert (np.abs(drawn.mean(0) - plain) < 5 * spread).all()
+
+
+def test_layers_draw_their_own_dropout(params, trained):
+  module = MODULE.clone(lora_dropout=0.5)
+  variables = {"params": params, "lora": trained, "lora_scale": SCALE}
+  position, ones = jnp.broadcast_to(jnp.arange(7), (2, 7)), jnp.ones((2, 7), int)
+  run = jax.jit(lambda key: module.apply(variables, TOKENS, ones, position, rngs={"dropout": key})[0])
+  first, again, other = (run(jax.random.key(seed)) for seed in (0, 0, 1))
+  assert_array_equal(first, again)
+  assert np.abs(first - other).max() > 1e-3
