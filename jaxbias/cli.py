@@ -77,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
   p.add_argument("--model-config", metavar="SOURCE", help="a config.json, llama-3.1-8b (its shape is built in), or a "
                  "model; default: the config's")
   p.add_argument("--devices", metavar="N", type=int, default=8, help="how many to pretend to have; default 8")
+  p.add_argument("--tpu", metavar="SLICE", default="", help="such as v5e:2x4: ask this TPU's compiler (needs libtpu)")
   p.add_argument("--device-memory", metavar="GIB", type=float, help="exit with code 2 when the peak is above it")
   p.add_argument("--batch", metavar="ROWS", type=int, default=0, help="packed rows a step; default: one a data shard")
   p.add_argument("--length", metavar="TOKENS", type=int, default=0, help="of a row; default 1024")
@@ -164,9 +165,11 @@ def _plan(options, rest: Sequence[str]) -> None:
   fake = f"--xla_force_host_platform_device_count={options.devices}"
   os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {fake}"
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # libtpu would look for the machine that it runs on
   from jaxbias import plan
 
-  found = plan.plan(config, options.model_config or config.model, options.variant, options.batch, options.length)
+  source = options.model_config or config.model
+  found = plan.plan(config, source, options.variant, options.batch, options.length, options.tpu)
   _print(plan.table(found, options.device_memory))
   if options.out:
     plan.write(options.out, found)

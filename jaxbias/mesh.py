@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -23,10 +23,13 @@ BATCH = PartitionSpec(("data", "fsdp"))
 log = logging.getLogger("jaxbias")
 
 
-def make_mesh(sizes: Mapping[str, int | str]) -> Mesh:
-  """A mesh over all devices: sizes of `data`, `fsdp` and `tensor`, of which one may be -1 (what is left), and a
-  `preset` that fills in those that are 0 or absent. Raises UserError when they do not multiply up."""
-  devices, preset = jax.device_count(), sizes.get("preset", "data")
+def make_mesh(sizes: Mapping[str, int | str], among: Sequence | None = None) -> Mesh:
+  """A mesh over all devices, or over those in `among`.
+
+  sizes: of `data`, `fsdp` and `tensor`, of which one may be -1 (what is left), and a `preset` that fills in those
+  that are 0 or absent. Raises UserError when they do not multiply up.
+  """
+  devices, preset = len(among or jax.devices()), sizes.get("preset", "data")
   shape = {axis: int(sizes.get(axis, 0)) for axis in AXES}
   rest = "data" if preset == "data" else "fsdp"
   if preset == "fsdp_tensor":
@@ -39,7 +42,7 @@ def make_mesh(sizes: Mapping[str, int | str]) -> Mesh:
   if left > 1 or known < 1 or devices % known or (left == 0 and known != devices):
     raise UserError(f"mesh {shape} does not multiply up to {devices} device(s).")
   sizes = [devices // known if size == -1 else size for size in shape.values()]
-  return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+  return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=among)
 
 
 def _square(devices: int) -> int:

@@ -1,7 +1,8 @@
 """What a run would need on devices that are not here: the real train step, compiled on abstract arrays.
 
-Nothing is allocated and no weights are read. The compiler is XLA's for CPUs: sizes of arguments and the collectives'
-structure carry over to other devices, temporaries are an estimate.
+Nothing is allocated and no weights are read. By default the compiler is XLA's for CPUs: what lies in memory before the
+step and what the partitioner sends carry over to other devices, temporaries are an estimate. Where libtpu is installed,
+the TPU's own compiler can be asked instead, still without a TPU.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
+import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +19,8 @@ from pathlib import Path
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding
 
 from jaxbias import config as configs
 from jaxbias.errors import UserError, did_you_mean
@@ -35,6 +39,10 @@ from jaxbias.types import Batch, TrainState
 
 GIB = 2**30
 SEGMENTS = 8  # texts in a packed row
+# A CPU multiplies bfloat16 as float32, and these passes would then copy whole stacks of weights and activations ahead
+# of the loop over layers, which no accelerator does.
+CPU_ONLY = "while-loop-invariant-code-motion,while-loop-expensive-invariant-code-motion,change-op-data-type"
+PARTITIONER = "spmd-partitioning"
 SHAPES = {  # published shapes of models whose files one has to ask for
   "llama-3.1-8b": {
     "architectures": ["LlamaForCausalLM"], "vocab_size": 128_256, "hidden_size": 4096, "intermediate_size": 14_336,
@@ -63,6 +71,7 @@ class Plan:
   collectives: Mapping[str, float]  # bytes received, by kind
   unknown_loops: int
   compile_seconds: float
+  compiler: str
 
   @property
   def peak(self) -> int:
@@ -82,18 +91,18 @@ def shape_of(source: str) -> dict:
   return read_config(path if (path / "config.json").is_file() else resolve(source).path)
 
 
-def plan(config, source: str, variant: str | None = None, batch: int = 0, length: int = 0) -> Plan:
-  """Compile the train step of one of the config's variants on the devices that JAX sees.
+def plan(config, source: str, variant: str | None = None, batch: int = 0, length: int = 0, tpu: str = "") -> Plan:
+  """Compile the train step of one of the config's variants on the devices that JAX sees, or for a TPU topology.
 
   source: as for `shape_of`. batch: packed rows over all devices, 0 = one on each that holds rows; length: tokens of a
-  row, 0 = 1024 or the model's window. Raises UserError for what cannot be compiled.
+  row, 0 = 1024 or the model's window; tpu: such as v5e:2x4, needs libtpu. Raises UserError for what cannot be compiled.
   """
   configs.validate(config)
   variant = variant or configs.compared(config)[0]
   if variant not in config.variants:
     raise UserError(f"the config has no variant `{variant}`; {did_you_mean(variant, config.variants)}")
   objective, coefficients = parse(configs.to_dict(config)["variants"][variant]["losses"])
-  model = abstract_model(shape_of(source), source, config)
+  model = abstract_model(shape_of(source), source, config, make_mesh(config.mesh, topology(tpu) if tpu else None))
   trainer = Trainer.of(model, config)
   shards = batch_shards(model.mesh)
   batch, length = batch or shards, length or min(1024, model.config.max_positions)
@@ -107,7 +116,8 @@ def plan(config, source: str, variant: str | None = None, batch: int = 0, length
   frozen = {"params": model.params, "lora_scale": jax.tree.map(lambda x: _like(x, whole), trainer.scale)}
   traced = jax.tree.map(lambda _: jax.ShapeDtypeStruct((), jnp.float32, sharding=whole), traced)
   began = time.perf_counter()
-  compiled = trainer.step_for(objective).lower(state, frozen, rows, traced).compile()
+  lowered = trainer.step_for(objective).lower(state, frozen, rows, traced)
+  compiled, text = _compile_for_tpu(lowered, tpu) if tpu else _compile(lowered)
   seconds = time.perf_counter() - began
   found, cost = compiled.memory_analysis(), compiled.cost_analysis()
   memory = {
@@ -117,17 +127,49 @@ def plan(config, source: str, variant: str | None = None, batch: int = 0, length
     "batch": device_bytes(rows),
     "temporaries": found.temp_size_in_bytes + max(found.output_size_in_bytes - found.alias_size_in_bytes, 0),
   }
-  collectives, unknown = collective_bytes(compiled.as_text(), model.mesh.size)
+  collectives, unknown = collective_bytes(text, model.mesh.size)
   return Plan(source, dict(model.mesh.shape), batch, length, tuple(name for name, _ in objective.terms),
               model.config.dtype, memory, step_flops(model.config, rows, state.params, objective, config.train.remat),
-              float(cost.get("flops", 0)) * model.mesh.size, collectives, unknown, seconds)  # fmt: skip
+              float(cost.get("flops", 0)) * model.mesh.size, collectives, unknown, seconds, tpu or "cpu")  # fmt: skip
 
 
-def abstract_model(hf: Mapping, name: str, config) -> LanguageModel:
+def topology(name: str) -> list:
+  """The devices of a TPU slice, as its compiler knows them. UserError without libtpu, or for a name that it has not."""
+  try:
+    return topologies.get_topology_desc(name, "tpu").devices
+  except Exception as error:  # a plug-in that cannot be loaded raises what it likes
+    said = str(error).splitlines()[0] if str(error) else type(error).__name__
+    raise UserError(f"--tpu {name}: {said[:160]}; it needs a name such as v5e:2x4, and pip install libtpu.") from None
+
+
+def _compile(lowered):
+  """The program, and what the partitioner made of it, where collectives have the width that the model asks for."""
+  with tempfile.TemporaryDirectory() as folder:
+    compiled = lowered.compile({
+      "xla_disable_hlo_passes": CPU_ONLY, "xla_dump_to": folder, "xla_dump_hlo_pass_re": PARTITIONER,
+      "xla_dump_hlo_as_text": True,
+    })  # fmt: skip
+    partitioned = sorted(Path(folder).glob(f"*after_{PARTITIONER}*.txt"))
+    return compiled, partitioned[-1].read_text(encoding="utf-8") if partitioned else compiled.as_text()
+
+
+def _compile_for_tpu(lowered, name: str):
+  try:
+    compiled = lowered.compile()
+  except jax.errors.JaxRuntimeError as error:
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    needs = re.search(r"Used .*? of .*? hbm", str(error))
+    raise UserError(f"--tpu {name}: its compiler says that the step does not fit ({needs[0] if needs else 'memory'}); "
+                    "use more devices, shorter rows or --config.train.remat=true.") from None  # fmt: skip
+  return compiled, compiled.as_text()
+
+
+def abstract_model(hf: Mapping, name: str, config, mesh: Mesh) -> LanguageModel:
   """The model with shapes for weights; bfloat16 unless the config says otherwise."""
   shape = model_config(hf).with_dtype("bfloat16" if config.dtype == "auto" else config.dtype)
-  layout = layout_for(shape, make_mesh(config.mesh), config.mesh.rules)
-  module = Transformer(shape, remat=config.train.remat, mesh=layout.mesh)
+  layout = layout_for(shape, mesh, config.mesh.rules)
+  module = Transformer(shape, remat=config.train.remat, mesh=mesh)
   boxed = abstract_variables(module)
   logical = nn.get_partition_spec(boxed)
   layout.report(nn.unbox(boxed), logical)
@@ -157,7 +199,8 @@ def abstract_batch(config, objective: Objective, batch: int, length: int, model:
   if "ref_logprob" in objective.needs:
     arrays["ref_logprob"] = make(P, dtype=jnp.float32)
   if K:
-    arrays |= {"kl_at": make(K), "kl_segment": make(K), "ref_hidden": make(K, model.config.table_size, dtype=jnp.float32)}
+    arrays |= {"kl_at": make(K), "kl_segment": make(K)}
+    arrays["ref_hidden"] = make(K, model.config.table_size, dtype=jnp.float32)
   return Batch(**arrays)
 
 
@@ -196,10 +239,13 @@ def table(found: Plan, device_memory: float | None):
   from rich.table import Table
 
   mesh = " x ".join(f"{axis} {size}" for axis, size in found.mesh.items())
+  caveat = f"Compiled for {found.compiler}: its own memory, and its own collectives." if found.compiler != "cpu" else (
+    "Compiled for CPUs: temporaries are an estimate of a TPU's or GPU's.")  # fmt: skip
+  if found.unknown_loops:
+    caveat += f" {found.unknown_loops} loops of unknown length count once."
   out = Table(title=f"{found.model} on {math.prod(found.mesh.values())} devices ({mesh})", title_justify="left",
               caption=f"{found.batch} rows of {found.length:,} tokens a step; {found.dtype}; losses: "
-              f"{', '.join(found.losses)}. Compiled for CPUs: temporaries on a TPU or GPU will differ, "
-              "and loops of unknown length count once.", caption_justify="left")  # fmt: skip
+              f"{', '.join(found.losses)}. {caveat}", caption_justify="left")  # fmt: skip
   out.add_column("on each device")
   out.add_column("", justify="right")
   for name, size in found.memory.items():
@@ -210,8 +256,7 @@ def table(found: Plan, device_memory: float | None):
     out.add_row(f"received by {kind}, a step", f"{size / GIB:,.3f} GiB")
   out.add_row("received, a step", f"{sum(found.collectives.values()) / GIB:,.3f} GiB", end_section=True)
   out.add_row("FLOPs of a step, all devices", f"{found.flops:.3e}")
-  out.add_row("the same as XLA counts it, loops once", f"{found.xla_flops:.3e}")
-  out.add_row("loops of unknown length", str(found.unknown_loops))
+  out.add_row("the same as XLA counts it, each loop's body once", f"{found.xla_flops:.3e}")
   out.add_row("compiled in", f"{found.compile_seconds:.1f} s")
   return out
 
@@ -221,9 +266,7 @@ def check(found: Plan, device_memory: float) -> None:
   if found.peak <= device_memory * GIB:
     return
   largest = max(found.memory, key=found.memory.get)
-  help = {
-    "temporaries": "fewer rows on a device (--batch, or more devices), shorter rows (--length), "
-                   "--config.train.remat=true or a larger mesh.tensor would make its temporaries smaller",
-    "batch": "fewer rows on a device (--batch) or shorter rows (--length) would make its batch smaller",
-  }.get(largest, f"more devices, or more of them in mesh.fsdp or mesh.tensor, would make its {largest} smaller")  # fmt: skip
-  raise UserError(f"the plan needs {found.peak / GIB:.2f} GiB on each device, {device_memory:g} GiB are there; {help}.")
+  activations = "fewer rows (--batch) or shorter ones (--length), --config.train.remat=true or a larger mesh.tensor"
+  help = {"temporaries": activations, "batch": activations}.get(largest, "more devices in mesh.fsdp or mesh.tensor")
+  raise UserError(f"the plan needs {found.peak / GIB:.2f} GiB on each device, {device_memory:g} GiB are there; most are "
+                  f"{largest}, which {help} would make smaller.")  # fmt: skip
