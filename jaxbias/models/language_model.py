@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from jaxbias.config import SHARDING_RULES
 from jaxbias.data.tokens import Tokenizer, check_vocabulary, load_tokenizer
 from jaxbias.mesh import Layout, make_mesh
+from jaxbias.models import adapted as adapted_sources
 from jaxbias.models.checkpoints import load_params, read_config
 from jaxbias.models.config import ModelConfig
 from jaxbias.models.families import model_config
+from jaxbias.models.lora import merge
 from jaxbias.models.sources import resolve
 from jaxbias.models.transformer import Transformer, abstract_variables
 
@@ -55,11 +59,15 @@ def load(
 ) -> LanguageModel:
   """Resolve `source` (a name, a folder, a .gguf file, hf:org/name), and place its weights on the mesh.
 
+  The folder of a training run or of a PEFT adapter is a source too: its base, with the adapters merged in float32.
+
   dtype: of the computation and of the frozen weights; default float32 on CPU, bfloat16 on accelerators.
   rules: logical axis -> mesh axis. What does not divide is replicated, and logged in one line.
   """
   dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
   mesh = mesh or make_mesh({"data": -1})
+  if adapted := adapted_sources.find(source):
+    return _adapt(load(adapted.base, dtype, mesh, remat, rules), adapted)
   found = resolve(source)
   hf = read_config(found.path)
   config = model_config(hf).with_dtype(dtype)
@@ -72,3 +80,19 @@ def load(
   layout.report(abstract, logical)
   params = load_params(found.path, config, abstract, layout.shardings(abstract, logical), dtype)
   return LanguageModel(found.name, config, module, params, tokenizer, found.fingerprint, layout)
+
+
+def _adapt(model: LanguageModel, adapted: adapted_sources.Adapted) -> LanguageModel:
+  """The model with adapters merged; its weights keep their dtype and their places."""
+  adapters = adapted.read(model.config)
+  lora, identity = jax.tree.map(np.asarray, adapters["lora"]), hashlib.sha256(model.fingerprint.encode())
+  for leaf in jax.tree.leaves({**adapters, "lora": lora}):
+    identity.update(np.asarray(leaf).tobytes())
+
+  def merged(params, lora):
+    return jax.tree.map(lambda new, old: new.astype(old.dtype), merge(params, lora, adapters["lora_scale"]), params)
+
+  places = jax.tree.map(lambda leaf: leaf.sharding, model.params)
+  params = jax.jit(merged, out_shardings=places, donate_argnums=0)(model.params, lora)
+  name = f"{model.name} + {adapted.folder.resolve().name}"
+  return dataclasses.replace(model, name=name, params=params, fingerprint=identity.hexdigest())

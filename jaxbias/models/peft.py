@@ -180,9 +180,8 @@ def load_adapters(folder: Path, config: ModelConfig) -> dict:
   templates, groups = modules(config), range(config.groups)
   names = {template.format(number): (template, number) for template in templates for number in groups}
   found = {name: adapter for name, adapter in _matched(folder, hf, tensors, names, config).items() if adapter.scale}
-  scale_G = np.zeros(config.groups, np.float32)
-  for name, adapter in sorted(found.items()):
-    scale_G[names[name][1]] = scale_G[names[name][1]] or adapter.scale
+  scales = [collections.Counter(found[name].scale for name in sorted(found) if names[name][1] == i) for i in groups]
+  scale_G = np.array([count.most_common(1)[0][0] if count else 0 for count in scales], np.float32)
   ours = collections.defaultdict(dict)  # path of a projection -> {layer: (a [in, r], b [r, out])}
   for name, adapter in found.items():
     template, number = names[name]

@@ -1,0 +1,97 @@
+"""Adapters on disk as a model: a training run's folder, or an adapter folder of PEFT, on top of the base it names."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxbias.errors import UserError
+from jaxbias.models import peft
+from jaxbias.models.config import ModelConfig
+from jaxbias.models.lora import LoraConfig, lora_scale
+from jaxbias.models.sources import CATALOGUE, ModelFolder, resolve
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapted:
+  """`read(config of the base)` gives {"lora", "lora_scale"}. `run`: the config of a training run, {} for PEFT's."""
+
+  folder: Path
+  base: str  # as `language_model.load` takes it
+  read: Callable[[ModelConfig], dict]
+  run: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  step: int | None = None
+
+
+def find(source: str | Path) -> Adapted | None:
+  """What `source` adapts, where it is the folder of a run or of an adapter; None for every other source.
+
+  Raises UserError for a run without a whole checkpoint, and for an adapter that names no base.
+  """
+  folder = Path(source).expanduser()
+  if (folder / "config.json").exists():
+    return None
+  if (folder / "checkpoints").is_dir():
+    return _run(folder)
+  if (folder / peft.CONFIG).is_file():
+    base = peft.base_of(folder)
+    if not base:
+      raise UserError(f"{folder / peft.CONFIG} names no base model; write its name to `base_model_name_or_path`.")
+    known = base in CATALOGUE or Path(base).expanduser().exists() or base.startswith(("hf:", "/", ".", "~"))
+    return Adapted(folder, base if known else f"hf:{base}", lambda config: peft.load_adapters(folder, config))
+  return None
+
+
+def base_folder(source: str | Path) -> ModelFolder:
+  """The folder of the model below any adapters."""
+  adapted = find(source)
+  return base_folder(adapted.base) if adapted else resolve(source)
+
+
+def _run(folder: Path) -> Adapted:
+  import orbax.checkpoint as ocp
+
+  logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax narrates every step
+  checkpoints = (folder / "checkpoints").absolute()
+  with ocp.CheckpointManager(checkpoints) as manager:
+    step = manager.latest_step()
+    if step is None:
+      raise UserError(f"{folder} has no whole checkpoint yet; run the training command again, it goes on from there.")
+    damaged = UserError(f"the checkpoint {checkpoints / str(step)} is damaged; delete it and train again.")
+    try:
+      run = manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]["config"]
+      fields = {field.name for field in dataclasses.fields(LoraConfig)} & run["lora"].keys()
+      lora = LoraConfig(**{name: _frozen(run["lora"][name]) for name in fields})
+      base = run["model"]
+    except (OSError, ValueError, KeyError, TypeError):
+      raise damaged from None
+
+  def read(config: ModelConfig) -> dict:
+    try:
+      factors = _restore(checkpoints / str(step) / "state")
+    except (OSError, ValueError, KeyError):
+      raise damaged from None
+    return {"lora": factors, "lora_scale": lora_scale(lora, config.num_layers)}
+
+  return Adapted(folder, base, read, run, step)
+
+
+def _frozen(value: Any) -> Any:
+  return tuple(value) if isinstance(value, list) else value
+
+
+def _restore(state: Path) -> dict:
+  """The trained leaves alone, as numpy arrays: whatever the machine they were trained on."""
+  import orbax.checkpoint as ocp
+
+  with ocp.PyTreeCheckpointer() as checkpointer:
+    wanted = {"params": checkpointer.metadata(state).item_metadata.tree["params"]}
+    how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
+    args = ocp.args.PyTreeRestore(item=wanted, restore_args=how, partial_restore=True)
+    return checkpointer.restore(state, args=args)["params"]
