@@ -1,4 +1,4 @@
-"""`python -m jaxbias VERB`: compare | train | plan | evaluate | score | report | fetch.
+"""`python -m jaxbias VERB`: compare | train | plan | evaluate | score | report | convert | fetch.
 
 Nothing heavy is imported before a verb needs it, so that `--help` answers at once.
 """
@@ -97,6 +97,13 @@ def _parser() -> argparse.ArgumentParser:
 
   p = verb("report", _report, "write the tables, figures and page of a finished comparison again")
   p.add_argument("folder", type=Path, help="the comparison's workdir")
+
+  p = verb("convert", _convert, "write a model or a trained run as a Hugging Face folder, or as a PEFT adapter")
+  p.add_argument("--model", metavar="SOURCE", help=f"{SOURCE_HELP}; default: the run's own base")
+  p.add_argument("--run", metavar="DIR", dest="run_folder", type=Path, help="a trained run: WORKDIR/VARIANT-seedN")
+  p.add_argument("--to", choices=("hf", "peft"), required=True, help="hf: adapters merged; peft: adapters alone")
+  p.add_argument("--out", metavar="DIR", type=Path, required=True, help="a new folder")
+  p.add_argument("--dtype", choices=("float32", "bfloat16"), help="of --to=hf; default: the model's own")
 
   p = verb("fetch", _fetch, "bring a model to this machine and say where it is")
   p.add_argument("source", help=f"{SOURCE_HELP}, such as smollm2-135m-instruct")
@@ -223,6 +230,17 @@ def _report(options, rest: Sequence[str]) -> None:
   from jaxbias.report.write import write
 
   print(f"report: {write(options.folder)}")
+
+
+def _convert(options, rest: Sequence[str]) -> None:
+  _start_jax()
+  from jaxbias.convert import convert
+
+  command = f"python -m jaxbias {shlex.join(sys.argv[1:])}"
+  notes = convert(options.model, options.run_folder, options.to, options.out, options.dtype, command)
+  for note in notes:
+    print(f"jaxbias: {note}", file=sys.stderr)
+  print(f"{'adapter' if options.to == 'peft' else 'model'}: {options.out}")
 
 
 def _fetch(options, rest: Sequence[str]) -> None:

@@ -75,7 +75,7 @@ def modules(config: ModelConfig) -> dict[str, list[Part]]:
 def save_adapters(
   out: Path, base: str, config: ModelConfig, adapters: Mapping, texts: Mapping[str, str] | None = None
 ) -> None:
-  """Write `out`, an adapter folder for `base` (what peft's users would call from_pretrained with).
+  """Write `out`, an adapter folder for `base` (a source: a folder, hf:org/name[@revision], ...).
 
   adapters: {"lora", "lora_scale"}. Layers whose scale is 0 are left out; scales that differ become alphas that do.
   Raises UserError where `out` has something in it, where nothing is left, or for factors that are not finite.
@@ -121,6 +121,7 @@ def _joined(parts: list[Part], factors: Mapping, number: int, scale: float) -> A
 
 def _describe(base: str, config: ModelConfig, named: Mapping[str, Adapter], short: Mapping[str, str]) -> dict:
   """adapter_config.json: module names as short as they are exact, the most common rank and alpha, and what differs."""
+  name, _, revision = base.removeprefix("hf:").partition("@" if base.startswith("hf:") else "\0")
   ranks = {name: len(adapter.a) for name, adapter in named.items()}
   alphas = {name: _alpha(adapter.scale, ranks[name]) for name, adapter in named.items()}
   rank, alpha = (collections.Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
@@ -132,7 +133,8 @@ def _describe(base: str, config: ModelConfig, named: Mapping[str, Adapter], shor
   partial = len(numbers) < config.groups
   plain = exact and not (partial and nested)  # peft's releases differ in which of two numbers is the layer's
   return {
-    "peft_type": "LORA", "task_type": "CAUSAL_LM" if config.causal else None, "base_model_name_or_path": base,
+    "peft_type": "LORA", "task_type": "CAUSAL_LM" if config.causal else None,
+    "base_model_name_or_path": name, "revision": revision or None,
     "inference_mode": True, "r": rank, "lora_alpha": alpha, "lora_dropout": 0.0, "bias": "none", "use_rslora": False,
     "use_dora": False, "init_lora_weights": True, "modules_to_save": None,
     "fan_in_fan_out": not any(part.transposed for parts in modules(config).values() for part in parts),
@@ -195,8 +197,10 @@ def load_adapters(folder: Path, config: ModelConfig) -> dict:
 
 
 def base_of(folder: Path) -> str | None:
-  """The base model that an adapter folder names."""
-  return _read_config(folder).get("base_model_name_or_path")
+  """The base model that an adapter folder names, with @revision where it names one."""
+  hf = _read_config(folder)
+  base, revision = hf.get("base_model_name_or_path"), hf.get("revision")
+  return f"{base}@{revision}" if base and revision else base
 
 
 def _read_config(folder: Path) -> dict:

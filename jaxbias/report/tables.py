@@ -117,27 +117,27 @@ def notes(results: Mapping, mark: str = "Bold") -> list[str]:
 
 def markdown(results: Mapping) -> str:
   """Title, tables and notes as GitHub-flavoured Markdown."""
-  blocks = [f"# {_escape(results['title'])}"]
+  blocks = [f"# {escape(results['title'])}"]
   for table in tables(results):
-    blocks.append(f"## {_escape(table.title)}")
+    blocks.append(f"## {escape(table.title)}")
     blocks.append("\n".join(_markdown_lines(table)))
-  blocks.append("\n".join(f"- {_escape(note)}" for note in notes(results)))
+  blocks.append("\n".join(f"- {escape(note)}" for note in notes(results)))
   return "\n\n".join(blocks) + "\n"
 
 
 def _markdown_lines(table: Table) -> Iterator[str]:
-  yield _line("model", *(_escape(f"{column.label} {column.aim}") for column in table.columns))
+  yield _line("model", *(escape(f"{column.label} {column.aim}") for column in table.columns))
   yield "| --- |" + " ---: |" * len(table.columns)
   for index, name in enumerate(table.labels):
     cells = [column.cells[index] for column in table.columns]
-    yield _line(_escape(name), *(f"**{cell.value}** {cell.interval}" if cell.best else str(cell) for cell in cells))
+    yield _line(escape(name), *(f"**{cell.value}** {cell.interval}" if cell.best else str(cell) for cell in cells))
 
 
 def _line(*entries: str) -> str:
   return f"| {' | '.join(entry.strip() for entry in entries)} |"
 
 
-def _escape(text: str) -> str:
+def escape(text: str) -> str:
   return re.sub(r"([|*`\[\\])", r"\\\1", html.escape(" ".join(str(text).split()), quote=False))
 
 
