@@ -54,7 +54,8 @@ def imports(path: Path) -> list[tuple[str, bool, int]]:
       elif isinstance(child, ast.ImportFrom):
         assert child.level == 0, f"{path}:{child.lineno}: imports here are absolute"
         out.extend((f"{child.module}.{alias.name}", top, child.lineno) for alias in child.names)
-      visit(child, top and not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda))
+      for_checkers = isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING"
+      visit(child, top and not for_checkers and not isinstance(child, ast.FunctionDef | ast.Lambda))
 
   visit(ast.parse(path.read_text(encoding="utf-8")), True)
   return out
