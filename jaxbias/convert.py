@@ -90,8 +90,8 @@ def _notes(adapted: Adapted | None, base: ModelFolder, results: Mapping | None) 
 
 
 def _about(adapted: Adapted | None, base: str, folder: ModelFolder, config: ModelConfig, dtype: str, command: str):
-  about = {"library": "transformers", "base": base, "name": folder.name, "fingerprint": folder.fingerprint, "causal": config.causal,
-           "dtype": dtype, "command": command}  # fmt: skip
+  about = {"library": "transformers", "base": base, "name": folder.name, "fingerprint": folder.fingerprint,
+           "causal": config.causal, "dtype": dtype, "command": command}  # fmt: skip
   if not adapted:
     return about | {"provenance": {"versions": provenance.versions()}}
   run = adapted.run

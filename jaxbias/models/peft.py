@@ -121,7 +121,7 @@ def _joined(parts: list[Part], factors: Mapping, number: int, scale: float) -> A
 
 def _describe(base: str, config: ModelConfig, named: Mapping[str, Adapter], short: Mapping[str, str]) -> dict:
   """adapter_config.json: module names as short as they are exact, the most common rank and alpha, and what differs."""
-  name, _, revision = base.removeprefix("hf:").partition("@" if base.startswith("hf:") else "\0")
+  repository, _, revision = base.removeprefix("hf:").partition("@") if base.startswith("hf:") else (base, "", "")
   ranks = {name: len(adapter.a) for name, adapter in named.items()}
   alphas = {name: _alpha(adapter.scale, ranks[name]) for name, adapter in named.items()}
   rank, alpha = (collections.Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
@@ -134,7 +134,7 @@ def _describe(base: str, config: ModelConfig, named: Mapping[str, Adapter], shor
   plain = exact and not (partial and nested)  # peft's releases differ in which of two numbers is the layer's
   return {
     "peft_type": "LORA", "task_type": "CAUSAL_LM" if config.causal else None,
-    "base_model_name_or_path": name, "revision": revision or None,
+    "base_model_name_or_path": repository, "revision": revision or None,
     "inference_mode": True, "r": rank, "lora_alpha": alpha, "lora_dropout": 0.0, "bias": "none", "use_rslora": False,
     "use_dora": False, "init_lora_weights": True, "modules_to_save": None,
     "fan_in_fan_out": not any(part.transposed for parts in modules(config).values() for part in parts),

@@ -122,5 +122,5 @@ def _provenance(about: Mapping, results: Mapping | None) -> list[str]:
   if results:
     lines.append(f"- data: {escape(str(results['data'].get('name')))}, fingerprint "
                  f"`{results['data'].get('fingerprint')}`")  # fmt: skip
-  commands = [made["command"]] * ("command" in made) + [about["command"]] * bool(about["command"])
+  commands = filter(None, (made.get("command"), about["command"]))
   return ["\n".join(lines), "```sh\n{}\n```".format("\n".join(commands))]
