@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import csv
+import dataclasses
+import hashlib
 import io
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,6 +20,39 @@ from jaxbias.errors import UserError
 File = str | os.PathLike[str] | Traversable
 Row = TypeVar("Row")
 _KINDS = {str: "a string", list: "a list", dict: "an object"}
+
+
+@dataclasses.dataclass
+class Reading:
+  """What was read: the sha256 of every file by its path, and the rows that were malformed and left out."""
+
+  files: dict[str, str] = dataclasses.field(default_factory=dict)
+  malformed: list[str] = dataclasses.field(default_factory=list)
+
+
+_READING: contextvars.ContextVar[Reading | None] = contextvars.ContextVar("reading", default=None)
+
+
+@contextlib.contextmanager
+def tolerant() -> Iterator[Reading]:
+  """Within it a malformed row is noted and left out, where elsewhere it stops the reading; files are noted, too."""
+  reading = Reading()
+  token = _READING.set(reading)
+  try:
+    yield reading
+  finally:
+    _READING.reset(token)
+
+
+@contextlib.contextmanager
+def a_row() -> Iterator[None]:
+  """Around the reading of one row: what is wrong with it ends its block, and all of the reading unless `tolerant`."""
+  try:
+    yield
+  except UserError as error:
+    if (reading := _READING.get()) is None:
+      raise
+    reading.malformed.append(str(error))
 
 
 def text_file(file: File) -> str:
@@ -28,6 +65,8 @@ def text_file(file: File) -> str:
     raise UserError(f"{file} is a folder, a file is needed.") from None
   except OSError as error:
     raise UserError(f"{file} cannot be read: {error.strerror}.") from None
+  if reading := _READING.get():
+    reading.files[str(file)] = hashlib.sha256(content).hexdigest()
   try:
     return content.decode("utf-8").removeprefix("\ufeff")
   except UnicodeDecodeError as error:
@@ -49,12 +88,21 @@ def json_file(file: File) -> Any:
 def json_lines(file: File) -> Iterable[tuple[str, Any]]:
   """(place, row) for each line that is not blank."""
   for number, line in enumerate(text_file(file).split("\n"), start=1):
+    parsed = []
     if line.strip():
-      yield f"{file} line {number}", _parse(line, file, number)
+      with a_row():
+        parsed.append((f"{file} line {number}", _parse(line, file, number)))
+    yield from parsed
 
 
 def table(file: File, columns: Iterable[str], delimiter: str = ",") -> Iterable[tuple[str, dict[str, str]]]:
-  """(place, {column: value}) for each row below a head line that has `columns`. Only comma-separated files quote."""
+  """(place, {column: value}) for each row below a head line that has `columns`. Only comma-separated files quote.
+
+  A .jsonl is a table, too: lines of objects that have `columns`.
+  """
+  if str(file).endswith(".jsonl"):
+    yield from _table_of_objects(file, columns)
+    return
   quoting = csv.QUOTE_MINIMAL if delimiter == "," else csv.QUOTE_NONE
   reader = csv.reader(io.StringIO(text_file(file), newline=""), delimiter=delimiter, quoting=quoting)
   try:
@@ -63,14 +111,26 @@ def table(file: File, columns: Iterable[str], delimiter: str = ",") -> Iterable[
       if column not in head:
         raise UserError(f"{file} line 1: there is no column `{column}`.")
     for row in filter(None, reader):
-      where = f"{file} line {reader.line_num}"
-      if len(row) < len(head):
-        raise UserError(f"{where}: `{head[len(row)]}` is missing.")
-      if len(row) > len(head):
-        raise UserError(f"{where}: {len(row)} fields, but {len(head)} columns.")
-      yield where, dict(zip(head, row, strict=True))
+      where, whole = f"{file} line {reader.line_num}", []
+      with a_row():
+        if len(row) < len(head):
+          raise UserError(f"{where}: `{head[len(row)]}` is missing.")
+        if len(row) > len(head):
+          raise UserError(f"{where}: {len(row)} fields, but {len(head)} columns.")
+        whole.append((where, dict(zip(head, row, strict=True))))
+      yield from whole
   except csv.Error as error:
     raise UserError(f"{file} line {reader.line_num}: not a table ({error}).") from None
+
+
+def _table_of_objects(file: File, columns: Iterable[str]) -> Iterable[tuple[str, dict[str, str]]]:
+  for where, record in json_lines(file):
+    whole = []
+    with a_row():
+      for column in columns:
+        field(record, column, object, where)
+      whole.append((where, {name: "" if value is None else str(value) for name, value in record.items()}))
+    yield from whole
 
 
 def unique(records: Iterable[tuple[str, Any]], make: Callable[[Any, str], Row]) -> list[Row]:
@@ -78,11 +138,12 @@ def unique(records: Iterable[tuple[str, Any]], make: Callable[[Any, str], Row]) 
   rows: list[Row] = []
   seen: dict[str, str] = {}
   for where, record in records:
-    rows.append(make(record, where))
-    identity = rows[-1].id
-    if identity in seen:
-      raise UserError(f"{where}: id `{identity}` was already used, see {seen[identity]}.")
-    seen[identity] = where
+    with a_row():
+      row = make(record, where)
+      if row.id in seen:
+        raise UserError(f"{where}: id `{row.id}` was already used, see {seen[row.id]}.")
+      seen[row.id] = where
+      rows.append(row)
   return rows
 
 

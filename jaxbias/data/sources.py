@@ -19,7 +19,7 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from jaxbias.data.fields import File, field, json_file, json_lines, string, unique
+from jaxbias.data.fields import File, a_row, field, json_file, json_lines, string, unique
 from jaxbias.data.rows import LABELS, Choice, DataSet, Split, Text, Triple
 from jaxbias.errors import UserError, did_you_mean
 
@@ -147,11 +147,29 @@ def prefix_length(context: str, sentences: Sequence[str]) -> int:
 
 
 def _stereoset(path: File, task: str, make: Callable[[Any, str], Triple]) -> list[Triple]:
+  if str(path).endswith(".jsonl"):
+    return _stereoset_lines(path, task, make)
   data = field(json_file(path), "data", dict, f"{path} is not StereoSet's JSON")
   records = field(data, task, list, f"{path} is not StereoSet's JSON, `data`")
   if not records:
     raise UserError(f"{path}: `data.{task}` is empty.")
   return unique(((f"{path}, data.{task}[{i}]", record) for i, record in enumerate(records)), make)
+
+
+def _stereoset_lines(path: File, task: str, make: Callable[[Any, str], Triple]) -> list[Triple]:
+  """Records of either task, one a line; `sentences` may be an object of lists, as Hugging Face's data set has it."""
+  records = []
+  for where, record in json_lines(path):
+    with a_row():
+      if (BLANK in string(record, "context", where)) == (task == "intrasentence"):
+        sentences = record.get("sentences")
+        if isinstance(sentences, dict):
+          apart = zip(*(field(sentences, key, list, where) for key in ("sentence", "gold_label")), strict=False)
+          record = record | {"sentences": [{"sentence": text, "gold_label": label} for text, label in apart]}
+        records.append((where, record))
+  if not records:
+    raise UserError(f"{path} holds no {task} records.")
+  return unique(records, make)
 
 
 def _stereoset_triple(record: Any, where: str) -> Triple:

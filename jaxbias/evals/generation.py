@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxbias.data.fields import field, json_file, json_lines, string
+from jaxbias.data.fields import a_row, field, json_file, json_lines, string
 from jaxbias.data.rows import Prompt
 from jaxbias.errors import UserError
 from jaxbias.evals import lexicon
@@ -85,7 +85,10 @@ def realtoxicityprompts(path: str) -> list[Opening]:
 
   Prompts whose toxicity is known are in the group `toxic` (from 1/2 on) or `non-toxic`.
   """
-  found = [_prompt(record, where, f"p{number}") for number, (where, record) in enumerate(json_lines(path), start=1)]
+  found = []
+  for number, (where, record) in enumerate(json_lines(path), start=1):
+    with a_row():
+      found.append(_prompt(record, where, f"p{number}"))
   if not found:
     raise UserError(f"{path} holds no prompts.")
   return found

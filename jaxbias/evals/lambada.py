@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from jaxbias.data.fields import json_lines, string, text_file
+from jaxbias.data.fields import a_row, json_lines, string, text_file
 from jaxbias.data.rows import Choice
 from jaxbias.errors import UserError
 from jaxbias.evals.metrics import Benchmark, Higher, Lower, Result
@@ -24,11 +24,14 @@ def load(path: str) -> list[Choice]:
   Raises UserError for a passage of one word.
   """
   if str(path).endswith(".jsonl"):
-    passages = ((where, string(record, "text", where)) for where, record in json_lines(path))
+    passages = json_lines(path)
   else:
     lines = enumerate(text_file(path).split("\n"), start=1)
-    passages = ((f"{path} line {number}", line) for number, line in lines if line.strip())
-  found = [_split(text, where, f"p{number}") for number, (where, text) in enumerate(passages, start=1)]
+    passages = ((f"{path} line {number}", {"text": line}) for number, line in lines if line.strip())
+  found = []
+  for number, (where, record) in enumerate(passages, start=1):
+    with a_row():
+      found.append(_split(string(record, "text", where), where, f"p{number}"))
   if not found:
     raise UserError(f"{path} holds no passages.")
   return found

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jaxbias.data.fields import json_lines, string
+from jaxbias.data.fields import a_row, json_lines, string
 from jaxbias.data.rows import Choice
 from jaxbias.errors import UserError
 from jaxbias.evals.metrics import Benchmark, Higher, Neutral, Result, Scores, score_array
@@ -43,8 +43,10 @@ def load(path: str) -> list[Question]:
   A question that swallowed its first options is mended. Raises UserError for letters out of order, fewer than two
   options, an empty one, or an answer that is not among them.
   """
-  questions = [_question(record, where, f"q{number}")
-               for number, (where, record) in enumerate(json_lines(path), start=1)]
+  questions = []
+  for number, (where, record) in enumerate(json_lines(path), start=1):
+    with a_row():
+      questions.append(_question(record, where, f"q{number}"))
   if not questions:
     raise UserError(f"{path} holds no questions.")
   return questions

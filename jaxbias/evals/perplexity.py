@@ -62,13 +62,19 @@ def wikitext_lines(path: str) -> list[str]:
 
 
 def joined(path: str) -> list[Document]:
-  """WikiText as one string, as Hugging Face's recipe joins its rows: blank rows are empty, the others end in a line."""
+  """WikiText-2, raw, as a .txt or Hugging Face's rows in a .jsonl; one string, as the recipe joins the rows.
+
+  Blank rows are empty, the others end in a line.
+  """
   rows = [line + "\n" if line.strip() else "" for line in wikitext_lines(path)]
   return [Document.of("text", "\n\n".join(rows))]
 
 
 def articles(path: str) -> list[Document]:
-  """WikiText by article, detokenised; one begins at each heading of the first level, `= Title =`."""
+  """WikiText as a .txt or Hugging Face's rows in a .jsonl; by article, detokenised.
+
+  An article begins at each heading of the first level, `= Title =`.
+  """
   pages: list[list[str]] = [[]]
   for line in wikitext_lines(path):
     if re.fullmatch(r"= (?!=).*(?<!=) =", line.strip()):
@@ -97,7 +103,7 @@ def detokenise(page: str) -> str:
 
 
 def passages(path: str) -> list[Document]:
-  """Any text file in passages of whole lines, each read on its own: the bootstrap draws them."""
+  """Any text file, in passages of whole lines, each read on its own: the bootstrap draws them."""
   found = [""]
   for line in text_file(path).splitlines(keepends=True):
     if len(found[-1]) >= PASSAGE:

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxbias.data.fields import field, json_file, strings
+from jaxbias.data.fields import a_row, field, json_file, strings
 from jaxbias.data.rows import Text
 from jaxbias.errors import UserError
 from jaxbias.evals.metrics import Benchmark, Estimate, Ideal, Neutral, Result
@@ -55,12 +55,19 @@ class Association:
 
 
 def load(path: str, pattern: str = "*") -> list[Association]:
-  """A folder of SEAT's .jsonl files, those whose names match, or one such file; each of them is one JSON object."""
+  """A folder of SEAT's .jsonl files, or one of them.
+
+  Of a folder the files whose names match; each is one JSON object.
+  """
   path = Path(path).expanduser()
   files = sorted(path.glob(f"{pattern}.jsonl")) if path.is_dir() else [path]
   if not files:
     raise UserError(f"{path} holds no {pattern}.jsonl of SEAT.")
-  return [_test(file) for file in files]
+  tests = []
+  for file in files:
+    with a_row():
+      tests.append(_test(file))
+  return tests
 
 
 def _test(file: Path) -> Association:

@@ -28,6 +28,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from jaxbias.data import sources
 from jaxbias.data.rows import MASK, Choice, Cloze, Triple
 from jaxbias.data.sources import BLANK, stereoset_continuations, stereoset_triples, triple_choices
 from jaxbias.errors import UserError
@@ -81,8 +82,24 @@ def _continuations(triple: Triple) -> tuple[str, ...]:
   return tuple(" " + sentence for sentence in triple.sentences)
 
 
+def intrasentence(path: str) -> list[Triple]:
+  """StereoSet's JSON, or its records one a line (.jsonl), or `builtin`."""
+  if path != "builtin":
+    return stereoset_triples(path)
+  data = sources.load(path)
+  return [*data.train.triples, *data.validation.triples, *data.test.triples]
+
+
+def intersentence(path: str) -> list[Triple]:
+  """StereoSet's JSON, or its records one a line (.jsonl)."""
+  if path == "builtin":
+    raise UserError("the built-in data has no intersentence triples; give StereoSet's JSON.")
+  return stereoset_continuations(path)
+
+
 def both_tasks(path: str) -> list[Triple]:
-  return stereoset_triples(path) + stereoset_continuations(path)
+  """StereoSet's JSON with both tasks, or their records one a line (.jsonl); `builtin`, which has one of the two."""
+  return intrasentence(path) + (intersentence(path) if path != "builtin" else [])
 
 
 def both_rows(triples: Sequence[Triple]) -> list[Choice]:
@@ -171,7 +188,7 @@ def reduce_pooled(triples: Sequence[Triple], score_ME3: np.ndarray, **how) -> Re
   return Result(pooled.estimates | rows_of, pooled.items)
 
 
-def _task(name: str, rows: Callable, score: Callable, *, load: Callable = stereoset_triples, reduce: Callable = reduce,
+def _task(name: str, rows: Callable, score: Callable, *, load: Callable = intrasentence, reduce: Callable = reduce,
           models: str = CAUSAL, bos: str = "prefixed_bos") -> Task:
   return Task(dataclasses.replace(BENCHMARK, name=name), models, SCORES, load, rows,
               lambda triples, answers, **how: reduce(triples, score(triples, answers), **how), bos)
@@ -185,7 +202,7 @@ TASKS = (
   _task("stereoset_intrasentence_official", rows, sentence_scores, bos="split_bos"),
   _task("stereoset_intrasentence_masked", masked_rows, _summed, models=MASKED),
   _task("stereoset_intrasentence_masked_official", functools.partial(masked_rows, space=""), _summed, models=MASKED),
-  _task("stereoset_intersentence", continuation_rows, sentence_scores, load=stereoset_continuations),
-  _task("stereoset_intersentence_pmi", pmi_rows, pmi_scores, load=stereoset_continuations),
+  _task("stereoset_intersentence", continuation_rows, sentence_scores, load=intersentence),
+  _task("stereoset_intersentence_pmi", pmi_rows, pmi_scores, load=intersentence),
   _task("stereoset", both_rows, sentence_scores, load=both_tasks, reduce=reduce_pooled),
 )

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxbias.data.fields import field, json_file, json_lines, string, strings
+from jaxbias.data.fields import a_row, field, json_file, json_lines, string, strings
 from jaxbias.data.rows import Choice, Prompt
 from jaxbias.errors import UserError
 from jaxbias.evals import stats, unlearning
@@ -59,7 +59,7 @@ class Question:
 
 
 def load(path: str) -> list[Question]:
-  """The questions of a folder, or of the folder of the forget file that `path` is."""
+  """TOFU's folder, or its forget file with the others beside it."""
   folder = Path(path) if Path(path).is_dir() else Path(path).parent
   files = {name: _only(folder, pattern) for name, pattern in FILES.items()}
   if Path(path).is_file():
@@ -108,14 +108,15 @@ def _read(name: str, file: Path, retained: Mapping[str, Mapping[str, float]]) ->
   by_author = name in ("forget", "retain", "holdout") and len(records) % AN_AUTHOR == 0
   found = []
   for number, (where, record) in enumerate(records):
-    identity, answer = f"{name}/{number + 1}", string(record, "answer", where)
-    perturbed = () if name == "holdout" else tuple(strings(record, "perturbed_answer", where))
-    paraphrase = "paraphrased_answer" in record or name in ("forget", "retain")
-    right = string(record, "paraphrased_answer", where) if perturbed and paraphrase else answer
-    found.append(Question(
-      identity, name, f"{name}/{number // AN_AUTHOR if by_author else number}", string(record, "question", where),
-      answer, right, perturbed,
-      {key: of_id[identity] for key, of_id in retained.items() if identity in of_id}))  # fmt: skip
+    with a_row():
+      identity, answer = f"{name}/{number + 1}", string(record, "answer", where)
+      perturbed = () if name == "holdout" else tuple(strings(record, "perturbed_answer", where))
+      paraphrase = "paraphrased_answer" in record or name in ("forget", "retain")
+      right = string(record, "paraphrased_answer", where) if perturbed and paraphrase else answer
+      found.append(Question(
+        identity, name, f"{name}/{number // AN_AUTHOR if by_author else number}", string(record, "question", where),
+        answer, right, perturbed,
+        {key: of_id[identity] for key, of_id in retained.items() if identity in of_id}))  # fmt: skip
   return found
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxbias.data.fields import field, json_file, string, text_file
+from jaxbias.data.fields import a_row, field, json_file, string, text_file
 from jaxbias.data.rows import Choice
 from jaxbias.errors import UserError
 from jaxbias.evals.metrics import Benchmark, Higher, Neutral, Result, Scores, score_array
@@ -49,9 +49,11 @@ def load(path: str, primed: bool) -> list[Question]:
   records = json_file(path)
   if not isinstance(records, list) or not records:
     raise UserError(f"{path}: a list of questions is needed.")
-  primer = _primer(path) if primed else ""
-  return [_question(record, f"{path}, question {number}", f"q{number}", primer)
-          for number, record in enumerate(records, start=1)]
+  primer, questions = _primer(path) if primed else "", []
+  for number, record in enumerate(records, start=1):
+    with a_row():
+      questions.append(_question(record, f"{path}, question {number}", f"q{number}", primer))
+  return questions
 
 
 def _primer(path: str) -> str:

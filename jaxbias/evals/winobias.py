@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxbias.data.fields import text_file
+from jaxbias.data.fields import a_row, text_file
 from jaxbias.data.rows import Choice
 from jaxbias.errors import UserError
 from jaxbias.evals.metrics import Benchmark, Higher, Ideal, Lower, Result, Scores, score_array
@@ -68,7 +68,10 @@ def load(folder: str) -> list[Pair]:
     lines = [_lines(file) for file in (pro, anti)]
     if len(lines[0]) != len(lines[1]):
       raise UserError(f"{anti} has {len(lines[1])} lines, but {pro.name} has {len(lines[0])}.")
-    found = [_pair(*both, names) for both in zip(*lines, strict=True)]
+    found = []
+    for both in zip(*lines, strict=True):
+      with a_row():
+        found.append(_pair(*both, names))
     pairs += filter(None, found)
     left_out += found.count(None)
   if left_out:
