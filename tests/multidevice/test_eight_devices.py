@@ -175,7 +175,8 @@ def test_arrays_are_really_cut_as_the_rules_say(results, mesh):
 def test_an_axis_that_does_not_divide_is_replicated_and_logged(results, mesh):
   tensor = (MESHES[mesh] or {}).get("tensor", 1)
   said = [line for line in results[mesh]["log"] if "replicated" in line]
-  expected = f"what does not divide over the mesh is replicated: vocab ({SIZES['V']} over tensor={tensor}) of embedding."
+  what = f"vocab ({SIZES['V']} over tensor={tensor}) of embedding"
+  expected = f"what does not divide over the mesh is replicated: {what}."
   assert said == ([expected] if tensor > 1 else [])
 
 
