@@ -110,7 +110,7 @@ def plan(config, source: str, variant: str | None = None, batch: int = 0, length
     raise UserError(f"--batch {batch} packed rows cannot be cut into {shards} equal parts, the mesh's data x fsdp.")
   if length > model.config.max_positions:
     raise UserError(f"--length {length} is past the model's {model.config.max_positions} positions.")
-  state, whole = abstract_state(trainer), replicated(model.mesh)
+  state, whole = abstract_state(trainer, objective), replicated(model.mesh)
   rows = abstract_batch(config, objective, batch, length, model)
   traced = {"learning_rate": 0.0, "losses": coefficients}
   frozen = {"params": model.params, "lora_scale": jax.tree.map(lambda x: _like(x, whole), trainer.scale)}
@@ -127,8 +127,8 @@ def plan(config, source: str, variant: str | None = None, batch: int = 0, length
     "batch": device_bytes(rows),
     "temporaries": found.temp_size_in_bytes + max(found.output_size_in_bytes - found.alias_size_in_bytes, 0),
   }
-  collectives, unknown = collective_bytes(text, model.mesh.size)
-  return Plan(source, dict(model.mesh.shape), batch, length, tuple(name for name, _ in objective.terms),
+  collectives, unknown = collective_bytes(text, model.mesh.size) if text else ({}, 0)
+  return Plan(source, dict(model.mesh.shape), batch, length, tuple(term.key for term in objective.terms),
               model.config.dtype, memory, step_flops(model.config, rows, state.params, objective, config.train.remat),
               float(cost.get("flops", 0)) * model.mesh.size, collectives, unknown, seconds, tpu or "cpu")  # fmt: skip
 
@@ -162,7 +162,7 @@ def _compile_for_tpu(lowered, name: str):
     needs = re.search(r"Used .*? of .*? hbm", str(error))
     raise UserError(f"--tpu {name}: its compiler says that the step does not fit ({needs[0] if needs else 'memory'}); "
                     "use more devices, shorter rows or --config.train.remat=true.") from None  # fmt: skip
-  return compiled, compiled.as_text()
+  return compiled, ""  # it turns collectives into rings inside of loops, whose steps the text does not tell
 
 
 def abstract_model(hf: Mapping, name: str, config, mesh: Mesh) -> LanguageModel:
@@ -178,11 +178,12 @@ def abstract_model(hf: Mapping, name: str, config, mesh: Mesh) -> LanguageModel:
   return LanguageModel(name, shape, module, params, None, "", layout)
 
 
-def abstract_state(trainer: Trainer) -> TrainState:
+def abstract_state(trainer: Trainer, objective: Objective) -> TrainState:
   """The train state that the run would start from, as shapes."""
-  params = jax.eval_shape(trainer._adapters, 0)
-  state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, jax.eval_shape(trainer.tx.init, params))
-  return jax.tree.map(_like, state, trainer.state_shardings())
+  params = trainer.abstract(objective)
+  aux = jax.eval_shape(lambda: objective.init_aux(trainer.model.config))
+  state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, jax.eval_shape(trainer.tx.init, params), aux)
+  return jax.tree.map(_like, state, trainer.state_shardings(objective))
 
 
 def abstract_batch(config, objective: Objective, batch: int, length: int, model: LanguageModel) -> Batch:
@@ -239,7 +240,7 @@ def table(found: Plan, device_memory: float | None):
   from rich.table import Table
 
   mesh = " x ".join(f"{axis} {size}" for axis, size in found.mesh.items())
-  caveat = f"Compiled for {found.compiler}: its own memory, and its own collectives." if found.compiler != "cpu" else (
+  caveat = f"Compiled for {found.compiler}; collectives are not counted there." if found.compiler != "cpu" else (
     "Compiled for CPUs: temporaries are an estimate of a TPU's or GPU's.")  # fmt: skip
   if found.unknown_loops:
     caveat += f" {found.unknown_loops} loops of unknown length count once."
@@ -252,9 +253,9 @@ def table(found: Plan, device_memory: float | None):
     out.add_row(name, f"{size / GIB:,.3f} GiB")
   limit = f" of {device_memory:g}" if device_memory else ""
   out.add_row("peak", f"{found.peak / GIB:,.3f}{limit} GiB", style="bold", end_section=True)
-  for kind, size in found.collectives.items():
-    out.add_row(f"received by {kind}, a step", f"{size / GIB:,.3f} GiB")
-  out.add_row("received, a step", f"{sum(found.collectives.values()) / GIB:,.3f} GiB", end_section=True)
+  received = found.collectives and {**found.collectives, "all collectives": sum(found.collectives.values())}
+  for kind, size in received.items():
+    out.add_row(f"received by {kind}, a step", f"{size / GIB:,.3f} GiB", end_section=kind == "all collectives")
   out.add_row("FLOPs of a step, all devices", f"{found.flops:.3e}")
   out.add_row("the same as XLA counts it, each loop's body once", f"{found.xla_flops:.3e}")
   out.add_row("compiled in", f"{found.compile_seconds:.1f} s")
@@ -268,5 +269,5 @@ def check(found: Plan, device_memory: float) -> None:
   largest = max(found.memory, key=found.memory.get)
   activations = "fewer rows (--batch) or shorter ones (--length), --config.train.remat=true or a larger mesh.tensor"
   help = {"temporaries": activations, "batch": activations}.get(largest, "more devices in mesh.fsdp or mesh.tensor")
-  raise UserError(f"the plan needs {found.peak / GIB:.2f} GiB on each device, {device_memory:g} GiB are there; most are "
-                  f"{largest}, which {help} would make smaller.")  # fmt: skip
+  raise UserError(f"the plan needs {found.peak / GIB:.2f} GiB on each device, {device_memory:g} GiB are there; most "
+                  f"are {largest}, which {help} would make smaller.")  # fmt: skip
