@@ -128,7 +128,7 @@ def _describe(base: str, config: ModelConfig, named: Mapping[str, Adapter], shor
   everything = [template.format(number) for template in modules(config) for number in range(config.groups)]
   numbers = sorted({int(re.search(r"\.(\d+)\.", name)[1]) for name in named})
   meant = {name for name in everything if int(re.search(r"\.(\d+)\.", name)[1]) in numbers}
-  suffixes, nested = set(short.values()), any(re.search(r"\d", suffix) for suffix in short.values())
+  suffixes, nested = set(short.values()), any(re.search(r"(^|\.)\d+\.", suffix) for suffix in short.values())
   exact = {name for name in meant if _ends(name, suffixes)} == set(named)
   partial = len(numbers) < config.groups
   plain = exact and not (partial and nested)  # peft's releases differ in which of two numbers is the layer's
