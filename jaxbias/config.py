@@ -61,6 +61,7 @@ def defaults() -> ConfigDict:
     "weight_decay": 0.0,
     "clip_norm": 1.0,
     "checkpoint_every": 10,
+    "base": (),  # parameters of the base that train beside the adapters: "embedding", "layers/mlp/*", "*"
     "remat": False,  # recompute activations in the backward pass: less memory, a third more arithmetic
   }
   c.seeds = (0,)
@@ -179,8 +180,8 @@ def validate(config: ConfigDict) -> None:
     raise UserError("mesh.rules.layers must be empty; layers are computed one after the other.")
   if min(t.rows.values()) < 1:
     raise UserError(f"train.rows = {t.rows.to_dict()}; every role needs at least one text a step.")
-  if config.lora.rank < 1:
-    raise UserError(f"lora.rank = {config.lora.rank}; it must be at least 1.")
+  if config.lora.rank < (0 if t.base else 1):
+    raise UserError(f"lora.rank = {config.lora.rank}; it must be at least 1, or 0 where train.base names what trains.")
   if not 0 <= config.lora.dropout < 1:
     raise UserError(f"lora.dropout = {config.lora.dropout}; it must be at least 0 and below 1.")
   if len(config.lora.layers) not in (0, 2):

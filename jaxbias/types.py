@@ -40,6 +40,10 @@ class Batch:
   role: jax.Array | None = None  # int32 [B, S], index into ROLES, -1 = no segment
   row: jax.Array | None = None  # int32 [B, S], index of the text in the recipe's list, -1 = no segment
   pair: jax.Array | None = None  # int32 [B, S], flat index b * S + s of the twin segment, -1 = none
+  group: jax.Array | None = None  # int32 [B, S], which source a segment was made from, -1 = none
+  polarity: jax.Array | None = None  # int32 [B, S], 1 = positive, 0 = negative, -1 = neither
+  kind: jax.Array | None = None  # int32 [B, S], index of the generator that made a segment, -1 = none
+  entity: jax.Array | None = None  # bool [B, T], tokens that a pooled representation is made of
   ref_logprob: jax.Array | None = None  # float32 [B, P], nats
   kl_at: jax.Array | None = None  # int32 [B, K]
   kl_segment: jax.Array | None = None  # int32 [B, K]
@@ -70,16 +74,19 @@ class Metric:
 
 @flax.struct.dataclass
 class LossOutput:
-  """What a step minimises, and the parts it is made of (unweighted means)."""
+  """What a step minimises, the parts it is made of (unweighted means), and what it carries on."""
 
   total: jax.Array
   parts: dict[str, Metric]
+  aux: Any = None  # the running statistics that losses carry from step to step, by the loss's key
 
 
 @flax.struct.dataclass
 class TrainState:
-  """Everything a step changes. `params` are the trainable leaves only (adapters, or the whole tree)."""
+  """Everything a step changes. `params` are the trainable leaves only: {"layers": adapters, "base": leaves of the
+  base that train, "losses": parameters that belong to a loss}, each where there are any."""
 
   step: jax.Array  # int32 []
   params: Any
   opt_state: Any
+  aux: Any = flax.struct.field(default_factory=dict)  # running statistics of losses, by the loss's key

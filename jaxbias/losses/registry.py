@@ -1,40 +1,73 @@
 """name -> loss, what it needs, its default coefficients; and the weighted sum that a config composes.
 
-A config says `losses = {"npo": {"on": "forget", "weight": 0.5, "beta": 0.1}, "sft": {"on": "retain"}}`. The names
-and roles are static (they shape the program); every number is a traced coefficient, so a sweep compiles once.
+A config says `losses = {"npo": {"on": "forget", "weight": 0.5, "beta": 0.1}, "sft": {"on": "retain"}}`. The names,
+roles and options are static (they shape the program); every number is a traced coefficient, so a sweep compiles once.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxbias.errors import UserError, did_you_mean
+from jaxbias.models.config import ModelConfig
+from jaxbias.models.transformer import Head
 from jaxbias.types import ROLES, Batch, LossOutput, Metric
 
-NEEDS = ("ref_logprob", "ref_distribution", "pairs")
+NEEDS = (
+  "ref_logprob",  # batch.ref_logprob: log-probabilities of the targets under the start model
+  "ref_distribution",  # ctx.kl_BK: KL(reference || policy) at the positions `batch.kl_at`
+  "ref_hidden",  # batch.ref_hidden and ctx.kl_hidden_BKD: what both heads read at these positions
+  "pairs",  # batch.pair: each row has a twin of the other role
+  "hidden",  # ctx.hidden_BTD: what the head reads, at every position
+  "stack_out",  # ctx.captures["stack_out"] [B, T, D]: behind the last block, before the final norm or the MLM transform
+  "residual_out",  # ctx.captures["residual_out"] [L, B, T, D]: behind every block
+  "groups",  # batch.group, batch.polarity, batch.entity: positives and negatives of one source
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Loss:
+  """`options` are static choices, {name: what it may be, the default first}; `coefficients` are traced numbers.
+
+  A loss with parameters of its own (a contrast head) or with running statistics has `init_params(key, config)` or
+  `init_aux(config)`; it is then called with `params=` or `aux=`, and with `aux` it returns (Metric, new aux).
+  """
+
   name: str
-  function: Callable[..., Metric]
+  function: Callable[..., Metric | tuple[Metric, Any]]
   needs: tuple[str, ...]
   on: str  # the role it reads unless the config says otherwise
   coefficients: Mapping[str, float]
+  options: Mapping[str, tuple[str, ...]]
+  init_params: Callable[[jax.Array, ModelConfig], Any] | None
+  init_aux: Callable[[ModelConfig], Any] | None
 
 
 LOSSES: dict[str, Loss] = {}
 
 
-def register_loss(name: str, *, on: str, needs: tuple[str, ...] = (), coefficients: Mapping[str, float] | None = None):
-  """Decorator: `function(ctx, on, **coefficients) -> Metric` becomes `name`."""
+def register_loss(
+  name: str,
+  *,
+  on: str,
+  needs: tuple[str, ...] = (),
+  coefficients: Mapping[str, float] | None = None,
+  options: Mapping[str, tuple[str, ...]] | None = None,
+  init_params: Callable | None = None,
+  init_aux: Callable | None = None,
+):
+  """Decorator: `function(ctx, on, **coefficients, **options) -> Metric` becomes `name`."""
+  unknown = set(needs) - set(NEEDS)
+  if unknown:
+    raise ValueError(f"{name} needs {sorted(unknown)}, which is not one of {NEEDS}")
 
   def register(function):
-    LOSSES[name] = Loss(name, function, needs, on, dict(coefficients or {}))
+    LOSSES[name] = Loss(name, function, needs, on, dict(coefficients or {}), dict(options or {}), init_params, init_aux)
     return function
 
   return register
@@ -47,6 +80,11 @@ class LossContext:
   batch: Batch
   logprob_BP: jax.Array  # of the policy, per scored token
   kl_BK: jax.Array | None = None  # KL(reference || policy) per position, where some loss needs it
+  kl_hidden_BKD: jax.Array | None = None  # of the policy, at the positions of `batch.ref_hidden`
+  hidden_BTD: jax.Array | None = None
+  captures: Mapping[str, jax.Array] = dataclasses.field(default_factory=dict)
+  head: Head | None = None  # of the policy
+  ref_head: Head | None = None
 
   def rows(self, role: str) -> jax.Array:
     """bool [B, S]: the segments that play `role`."""
@@ -76,64 +114,104 @@ class LossContext:
     return values_BS.reshape(-1)[jnp.maximum(self.batch.pair, 0)]
 
 
+class Term(NamedTuple):
+  """One entry of a config's `losses`: its key there, the loss, the role, and the static options."""
+
+  key: str
+  loss: str
+  role: str
+  options: tuple[tuple[str, str], ...] = ()
+
+
 @dataclasses.dataclass(frozen=True)
 class Objective:
-  """The static half of a config's `losses`: which losses, on which roles."""
+  """The static half of a config's `losses`."""
 
-  terms: tuple[tuple[str, str], ...]  # (loss, role)
+  terms: tuple[Term, ...]
 
   @property
   def needs(self) -> frozenset[str]:
-    return frozenset(need for name, _ in self.terms for need in LOSSES[name].needs)
+    return frozenset(need for term in self.terms for need in LOSSES[term.loss].needs)
 
   @property
   def roles(self) -> frozenset[str]:
     """Roles that must be in the batch: those that a loss reads, and both halves of a pair."""
-    return frozenset(role for _, role in self.terms) | (frozenset(ROLES[:2]) if "pairs" in self.needs else frozenset())
+    return frozenset(t.role for t in self.terms) | (frozenset(ROLES[:2]) if "pairs" in self.needs else frozenset())
 
   @property
   def scored_roles(self) -> frozenset[str]:
     """Roles whose target log-probabilities some loss reads; a divergence reads distributions instead."""
-    read = {role for name, role in self.terms if "ref_distribution" not in LOSSES[name].needs}
+    read = {term.role for term in self.terms if not _compares(term)}
     return frozenset(read | (set(ROLES[:2]) if "pairs" in self.needs else set()))
 
   @property
   def kl_roles(self) -> frozenset[str]:
-    return frozenset(role for name, role in self.terms if "ref_distribution" in LOSSES[name].needs)
+    return frozenset(term.role for term in self.terms if _compares(term))
+
+  def init_params(self, key: jax.Array, config: ModelConfig) -> dict[str, Any]:
+    """Trainable parameters that belong to losses, by their key in the config; {} where there are none."""
+    made = ((i, t.key, LOSSES[t.loss].init_params) for i, t in enumerate(self.terms))
+    return {name: init(jax.random.fold_in(key, i), config) for i, name, init in made if init}
+
+  def init_aux(self, config: ModelConfig) -> dict[str, Any]:
+    """Running statistics of losses, by their key in the config; {} where there are none."""
+    return {t.key: LOSSES[t.loss].init_aux(config) for t in self.terms if LOSSES[t.loss].init_aux}
+
+
+def _compares(term: Term) -> bool:
+  return bool({"ref_distribution", "ref_hidden"} & set(LOSSES[term.loss].needs))
 
 
 def parse(losses: Mapping[str, Mapping]) -> tuple[Objective, dict[str, dict[str, float]]]:
   """The static objective and its coefficients from a config's `losses`.
 
-  Raises UserError for an unknown loss, role or coefficient, with the nearest valid name.
+  A loss that appears twice gets a label behind a colon: {"kl": {...}, "kl:retain": {"on": "retain"}}.
+  Raises UserError for an unknown loss, role, coefficient or option, with the nearest valid name.
   """
   if not losses:
     raise UserError("`losses` is empty; name at least one, e.g. losses = {'sft': {'on': 'retain'}}.")
   terms, coefficients = [], {}
-  for name, settings in losses.items():
+  for key, settings in losses.items():
+    name = key.split(":")[0]
     if name not in LOSSES:
       raise UserError(f"there is no loss `{name}`; {did_you_mean(name, LOSSES)}")
     loss = LOSSES[name]
     role = settings.get("on", loss.on)
     if role not in ROLES:
-      raise UserError(f"losses.{name}.on = `{role}` is not a role; {did_you_mean(role, ROLES)}")
+      raise UserError(f"losses.{key}.on = `{role}` is not a role; {did_you_mean(role, ROLES)}")
     values = {"weight": 1.0, **loss.coefficients}
-    for key in settings:
-      if key != "on" and key not in values:
-        raise UserError(f"losses.{name} has no coefficient `{key}`; {did_you_mean(key, ['on', *values])}")
-      if key != "on" and not isinstance(settings[key], int | float):
-        raise UserError(f"losses.{name}.{key} = {settings[key]!r}; it has to be a number.")
-    terms.append((name, role))
-    coefficients[name] = {key: float(settings.get(key, default)) for key, default in values.items()}
+    for setting, value in settings.items():
+      if setting != "on" and setting not in values and setting not in loss.options:
+        known = ["on", *values, *loss.options]
+        raise UserError(f"losses.{key} has no coefficient `{setting}`; {did_you_mean(setting, known)}")
+      if setting in values and (not isinstance(value, int | float) or isinstance(value, bool)):
+        raise UserError(f"losses.{key}.{setting} = {value!r}; it has to be a number.")
+      if setting in loss.options and value not in loss.options[setting]:
+        raise UserError(f"losses.{key}.{setting} = `{value}` is not known; "
+                        f"{did_you_mean(str(value), loss.options[setting])}")
+    options = tuple((option, settings.get(option, choices[0])) for option, choices in loss.options.items())
+    terms.append(Term(key, name, role, options))
+    coefficients[key] = {name: float(settings.get(name, default)) for name, default in values.items()}
   return Objective(tuple(terms)), coefficients
 
 
-def evaluate(objective: Objective, ctx: LossContext, coefficients: Mapping[str, Mapping]) -> LossOutput:
-  """sum over terms of weight * mean, and every unweighted mean by name."""
-  parts, total = {}, jnp.float32(0.0)
-  for name, role in objective.terms:
-    settings = dict(coefficients[name])
+def evaluate(
+  objective: Objective,
+  ctx: LossContext,
+  coefficients: Mapping[str, Mapping],
+  params: Mapping[str, Any] | None = None,
+  aux: Mapping[str, Any] | None = None,
+) -> LossOutput:
+  """sum over terms of weight * mean, every unweighted mean by its key, and the losses' new running statistics."""
+  parts, total, new_aux = {}, jnp.float32(0.0), dict(aux or {})
+  for term in objective.terms:
+    settings = dict(coefficients[term.key])
     weight = settings.pop("weight")
-    parts[name] = LOSSES[name].function(ctx, role, **settings)
-    total += weight * parts[name].value()
-  return LossOutput(total, parts)
+    extra = {"params": params[term.key]} if LOSSES[term.loss].init_params else {}
+    extra |= {"aux": aux[term.key]} if LOSSES[term.loss].init_aux else {}
+    found = LOSSES[term.loss].function(ctx, term.role, **settings, **dict(term.options), **extra)
+    if LOSSES[term.loss].init_aux:
+      found, new_aux[term.key] = found
+    parts[term.key] = found
+    total += weight * found.value()
+  return LossOutput(total, parts, new_aux)

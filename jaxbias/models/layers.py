@@ -17,6 +17,7 @@ from jaxbias.models.attention import attend
 from jaxbias.models.config import ModelConfig, Rope
 
 SITES = ("residual_in", "attention_out", "mlp_out", "residual_out")  # activations of a block that have names
+STACK_OUT = "stack_out"  # captured only: [B, T, D] behind the last block, without a layer axis
 
 ACTIVATIONS = {
   "silu": nn.silu,

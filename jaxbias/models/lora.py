@@ -77,7 +77,8 @@ def lora_scale(config: LoraConfig, num_layers: int) -> dict:
     raise UserError(f"lora.layers = {config.layers}; the model has layers 0 to {num_layers - 1}, and the second number "
                     "is the layer behind the last.")
   layer = jnp.arange(num_layers)
-  return {"scale": jnp.where((layer >= first) & (layer < end), config.alpha / config.rank, 0.0).astype(jnp.float32)}
+  scale = config.alpha / max(config.rank, 1)
+  return {"scale": jnp.where((layer >= first) & (layer < end), scale, 0.0).astype(jnp.float32)}
 
 
 def group_scales(scale_L: np.ndarray, groups: int) -> np.ndarray:

@@ -25,6 +25,7 @@ from jaxbias.models.layers import (
   ACTIVATIONS,
   MLP,
   SITES,
+  STACK_OUT,
   Attention,
   Cache,
   Context,
@@ -138,10 +139,10 @@ class Transformer(nn.Module):
   ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """What the head reads, [B, T, table_size], and captures {site: [L, B, T, D]}; with a cache also {"cache": ...}.
 
-    Raises ValueError for a site that is not one of `layers.SITES`.
+    Raises ValueError for a site that is not one of `layers.SITES` (nor, for a capture, `layers.STACK_OUT`).
     """
     c = self.config
-    unknown = sorted((set(edits or {}) | set(capture)) - set(SITES))
+    unknown = sorted((set(edits or {}) | set(capture) - {STACK_OUT}) - set(SITES))
     if unknown:
       raise ValueError(f"no activation is named {unknown[0]!r}; the sites of a block are {', '.join(SITES)}")
     # Float32 asked for is float32 computed: TPUs and recent GPUs would multiply in bfloat16 or TF32.
@@ -214,6 +215,8 @@ class Transformer(nn.Module):
     if cache is not None:
       length = cache.length + segment_BT.shape[1]
       captures = {**captures, "cache": Cache(*kv, segment_BS, position_BS, length)}
+    if STACK_OUT in capture:
+      captures = {**captures, STACK_OUT: x_BTD}
     return x_BTD, captures
 
   def _head_input(self, x_BTD: jax.Array) -> jax.Array:

@@ -33,7 +33,7 @@ class Texts:
 def tokenise(recipe: Recipe, objective: Objective, tokenizer: Tokenizer, max_positions: int) -> Texts:
   """Raises UserError for an empty role, a text past the model's window, an answer of no tokens, or missing pairs."""
   if "pairs" in objective.needs and not recipe.paired:
-    names = " and ".join(f"`{name}`" for name, _ in objective.terms)
+    names = " and ".join(f"`{term.loss}`" for term in objective.terms)
     raise UserError(f"{names} need paired texts, which this method's data recipe has not; use one such as dpo's.")
   rows = {role: recipe.rows(role) for role in ROLES if role in objective.roles}
   for role, members in rows.items():

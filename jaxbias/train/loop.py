@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,14 +20,17 @@ from jaxbias.errors import UserError
 from jaxbias.losses.registry import Objective
 from jaxbias.mesh import batch_sharding, replicated
 from jaxbias.models.language_model import LanguageModel
-from jaxbias.models.lora import LoraConfig, init_lora, lora_axes, lora_scale, target_kernels
+from jaxbias.models.lora import LoraConfig, lora_scale, target_kernels
 from jaxbias.models.transformer import abstract_variables
+from jaxbias.train import trainable
 from jaxbias.train.batches import Sampler
 from jaxbias.train.checkpoint import Checkpoints
 from jaxbias.train.metrics import MetricsWriter
 from jaxbias.train.optim import make_optimizer
 from jaxbias.train.step import make_train_step
 from jaxbias.types import TrainState
+
+NOTHING = Objective(())
 
 
 class TrainingFailed(UserError):
@@ -59,6 +64,7 @@ class Trainer:
     chosen = config.lora
     lora = LoraConfig(chosen.rank, chosen.alpha, tuple(chosen.targets), tuple(chosen.layers), chosen.dropout)
     target_kernels(model.params, lora)  # refuses targets that the model has not
+    trainable.chosen_leaves(model.params, tuple(config.train.base))  # and leaves
     lora_scale(lora, model.config.num_layers)  # refuses layers that it has not
     return cls(model, config.train, lora, make_optimizer(config.train))
 
@@ -74,31 +80,44 @@ class Trainer:
 
   @property
   def num_trainable(self) -> int:
-    return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(self._adapters, 0)))
+    """Of the model; a loss's own parameters are left behind with the run."""
+    model = {k: v for k, v in self.abstract(NOTHING).items() if k != "losses"}
+    return sum(leaf.size for leaf in jax.tree.leaves(model))
 
-  def _adapters(self, seed: int) -> dict:
-    return init_lora(jax.random.fold_in(jax.random.key(seed), 0), self.model.params, self.lora)
+  def _trainable(self, seed: int, params: Mapping, objective: Objective) -> dict:
+    chosen = tuple(self.train.base)
+    return trainable.init(jax.random.key(seed), params, self.lora, chosen, objective, self.model.config)
 
-  def state_shardings(self) -> TrainState:
+  def abstract(self, objective: Objective) -> dict:
+    """The trainable leaves as shapes."""
+    return jax.eval_shape(functools.partial(self._trainable, 0, objective=objective), self.model.params)
+
+  def state_shardings(self, objective: Objective) -> TrainState:
     """A NamedSharding for every leaf of a state: moments lie as their parameters do, counters are everywhere."""
-    whole, abstract = replicated(self.model.mesh), jax.eval_shape(self._adapters, 0)
-    params = self.model.layout.shardings(abstract, lora_axes(abstract_variables(self.model.module), self.lora))
+    whole, abstract = replicated(self.model.mesh), self.abstract(objective)
+    boxed = abstract_variables(self.model.module)
+    logical = trainable.axes(abstract, nn.get_partition_spec(boxed), boxed, self.lora, tuple(self.train.base))
+    params = self.model.layout.shardings(abstract, logical)
     moments = optax.tree_map_params(
       self.tx, lambda _, sharding: sharding, jax.eval_shape(self.tx.init, abstract), params,
       transform_non_params=lambda _: whole,
     )  # fmt: skip
-    return TrainState(whole, params, moments)
+    aux = jax.tree.map(lambda _: whole, jax.eval_shape(functools.partial(objective.init_aux, self.model.config)))
+    return TrainState(whole, params, moments, aux)
 
-  def initial_state(self, seed: int) -> TrainState:
-    """Fresh adapters (born sharded) and optimizer state for them alone."""
-    shardings = self.state_shardings()
-    params = jax.jit(self._adapters, out_shardings=shardings.params)(seed)
+  def initial_state(self, seed: int, objective: Objective = NOTHING) -> TrainState:
+    """Fresh trainable leaves (born sharded), optimizer state for them alone, and the losses' running statistics."""
+    shardings = self.state_shardings(objective)
+    make = functools.partial(self._trainable, objective=objective)
+    params = jax.jit(make, static_argnums=0, out_shardings=shardings.params)(seed, self.model.params)
     opt_state = jax.jit(self.tx.init, out_shardings=shardings.opt_state)(params)
-    return TrainState(jax.device_put(jnp.int32(0), shardings.step), params, opt_state)
+    aux = jax.jit(functools.partial(objective.init_aux, self.model.config), out_shardings=shardings.aux)()
+    return TrainState(jax.device_put(jnp.int32(0), shardings.step), params, opt_state, aux)
 
   def adapters(self, state: TrainState) -> dict:
-    """The collections that turn the base into the trained model."""
-    return {"lora": state.params, "lora_scale": self.scale}
+    """The collections that turn the base into the trained model; those that hold nothing new are left out."""
+    found = trainable.collections(state.params, {"params": self.model.params, "lora_scale": self.scale})
+    return {k: v for k, v in found.items() if k != "params" or "base" in state.params}
 
 
 def train(trainer: Trainer, run: Run, on_step: Callable[[dict], None] = lambda record: None) -> TrainState:
@@ -108,7 +127,7 @@ def train(trainer: Trainer, run: Run, on_step: Callable[[dict], None] = lambda r
   to metrics.jsonl. Raises TrainingFailed with the step, the loss part and the texts when a loss is not finite.
   """
   checkpoints = Checkpoints(run.folder / "checkpoints")
-  fresh = trainer.initial_state(run.sampler.seed)
+  fresh = trainer.initial_state(run.sampler.seed, run.objective)
   state = checkpoints.restore(fresh) or fresh
   done = int(state.step)
   writer = MetricsWriter(run.folder, after_step=done)

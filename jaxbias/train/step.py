@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,23 +14,29 @@ import optax
 from jaxbias.losses.logprobs import forward_kl, gather_positions, token_logprobs
 from jaxbias.losses.registry import LossContext, Objective, evaluate
 from jaxbias.models import transformer
+from jaxbias.models.layers import STACK_OUT
 from jaxbias.models.transformer import Transformer
+from jaxbias.train.trainable import collections
 from jaxbias.types import Batch, LossOutput, TrainState
 
 
 def loss(
-  module: Transformer, objective: Objective, lora: Any, frozen: Mapping, batch: Batch, coefficients: Mapping,
+  module: Transformer, objective: Objective, state: TrainState, frozen: Mapping, batch: Batch, coefficients: Mapping,
   rngs: Mapping[str, jax.Array],
 ):  # fmt: skip
-  """(total, (LossOutput, log-probability per segment [B, S])) of the adapted model on one batch."""
-  hidden, _ = module.apply({"lora": lora, **frozen}, batch.tokens, batch.segment, batch.position, rngs=rngs)
-  head = transformer.head(frozen["params"], module.config, module.mesh)
-  logprob_BP = token_logprobs(gather_positions(hidden, batch.score_at), head, batch.target)
+  """(total, (LossOutput, log-probability per segment [B, S])) of the trained model on one batch."""
+  variables = collections(state.params, frozen)
+  capture = tuple(site for site in (STACK_OUT, "residual_out") if site in objective.needs)
+  inputs = (batch.tokens, batch.segment, batch.position)
+  hidden_BTD, captures = module.apply(variables, *inputs, rngs=rngs, capture=capture)
+  head, ref_head = (transformer.head(v["params"], module.config, module.mesh) for v in (variables, frozen))
+  logprob_BP = token_logprobs(gather_positions(hidden_BTD, batch.score_at), head, batch.target)
+  kl_hidden_BKD = gather_positions(hidden_BTD, batch.kl_at) if objective.kl_roles else None
   kl_BK = None
-  if objective.kl_roles:
-    kl_BK = forward_kl(gather_positions(hidden, batch.kl_at), head, batch.ref_hidden, head)
-  ctx = LossContext(batch, logprob_BP, kl_BK)
-  out = evaluate(objective, ctx, coefficients)
+  if "ref_distribution" in objective.needs:
+    kl_BK = forward_kl(kl_hidden_BKD, head, batch.ref_hidden, ref_head)
+  ctx = LossContext(batch, logprob_BP, kl_BK, kl_hidden_BKD, hidden_BTD, captures, head, ref_head)
+  out = evaluate(objective, ctx, coefficients, state.params.get("losses"), state.aux)
   return out.total, (out, ctx.logprob_BS)
 
 
@@ -42,11 +47,12 @@ def make_train_step(module: Transformer, objective: Objective, tx: optax.Gradien
 
   def step(state: TrainState, frozen: Mapping, batch: Batch, coefficients: Mapping):
     rngs = {"dropout": jax.random.fold_in(coefficients["dropout_key"], state.step)} if module.lora_dropout else {}
-    of = lambda lora: loss(module, objective, lora, frozen, batch, coefficients["losses"], rngs)
+    of = lambda params: loss(module, objective, state.replace(params=params), frozen, batch, coefficients["losses"],
+                             rngs)  # fmt: skip
     (total, (out, logprob_BS)), grads = jax.value_and_grad(of, has_aux=True)(state.params)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     updates = jax.tree.map(lambda u: -coefficients["learning_rate"] * u, updates)
-    moved = TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state)
+    moved = TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state, out.aux)
     norm = optax.global_norm(grads)
     finite = jnp.isfinite(total) & jnp.isfinite(norm)
     state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, state)

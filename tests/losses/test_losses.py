@@ -395,11 +395,11 @@ def test_what_a_config_may_not_say(losses, message):
 def test_what_a_config_says_and_what_it_leaves_out(name):
   loss = LOSSES[name]
   objective, coefficients = parse({name: {}})
-  assert objective.terms == ((name, loss.on),) and coefficients == {name: {"weight": 1.0, **loss.coefficients}}
+  assert objective.terms[0][:3] == (name, name, loss.on) and coefficients == {name: {"weight": 1.0, **loss.coefficients}}
   assert loss.on in objective.roles and objective.needs == set(loss.needs)
   other = next(role for role in ROLES if role != loss.on)
   objective, coefficients = parse({name: {"on": other, "weight": 3}})
-  assert objective.terms == ((name, other),) and coefficients[name]["weight"] == 3.0
+  assert objective.terms[0][:3] == (name, name, other) and coefficients[name]["weight"] == 3.0
   assert (other in objective.kl_roles) == ("ref_distribution" in loss.needs)
 
 
