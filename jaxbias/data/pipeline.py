@@ -15,7 +15,11 @@ import numpy as np
 
 LENGTHS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 4096, 8192, 16384, 32768)
 PASS_TOKENS = 1024  # tokens a device reads in one call of a pass over a data set, rows permitting
-PASS_LENGTH = 128  # a pass packs into rows of this many tokens; longer segments get longer rows
+PASS_LENGTH = 128  # a pass packs into rows of at least this many tokens
+PASS_CLASSES = (PASS_LENGTH, 2 * PASS_LENGTH, 4 * PASS_LENGTH, 2**31)  # the longest segments that share a row length
+ATTENTION = 2048  # tokens in a row at which attention costs about as much as all the rest, in a small model
+SLACK = 1.5  # of scored positions in a row
+SAMPLE = 512  # segments from which a row length is chosen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,21 +106,26 @@ class Place(NamedTuple):
   k: int
 
 
-def place(segments: Sequence[Segment], length: int, scored: int | None = None) -> tuple[list[Place], Shape]:
+def place(
+  segments: Sequence[Segment], length: int, scored: int | None = None, opens: int = 0
+) -> tuple[list[Place | None], Shape]:
   """Best-fit decreasing into rows of `length` tokens: where each segment goes, and the sizes that needs.
 
   `scored` caps the scored positions of a row (a segment with more has a row of its own), which keeps rows alike.
+  A segment of fewer than `opens` tokens fills a row but begins none: where there is no room its place is None.
   """
   scored = scored or sum(len(segment.target) for segment in segments)
   open_rows: dict[int, list[int]] = {}  # free tokens -> rows
   used: list[list[int]] = []  # per row: tokens, segments, scored, compared
-  places = [None] * len(segments)
+  places: list[Place | None] = [None] * len(segments)
   for i in sorted(range(len(segments)), key=lambda i: -len(segments[i].tokens)):
     segment = segments[i]
     n, p, k = len(segment.tokens), len(segment.target), len(segment.kl_at)
     fits = (b for free in range(n, length) for b in open_rows.get(free, ()) if used[b][2] + p <= scored)
     b = next(fits, None)
     if b is None:
+      if n < opens:
+        continue
       b = len(used)
       used.append([0, 0, 0, 0])
     else:
@@ -163,26 +172,58 @@ def pack(segments: Sequence[Segment], places: Sequence[Place], shape: Shape) -> 
   return out
 
 
-def packed_batches(segments: Sequence[Segment], shards: int = 1) -> list[tuple[list[int], list[Place], Shape]]:
-  """One pass over all segments: each batch's indices, places and shape. Rows of one length share one shape."""
-  by_length: dict[int, list[int]] = {}
-  for i, segment in enumerate(segments):
-    need = max(len(segment.tokens), PASS_LENGTH)
-    by_length.setdefault(next(n for n in LENGTHS if n >= need), []).append(i)
-  out = []
-  for length, members in by_length.items():
-    places, need = place([segments[i] for i in members], length, scored=length + length // 8)
-    most = max(1, PASS_TOKENS // length) * shards
-    calls = -(-need.B // most)
-    rows_each = -(-need.B // calls)
+def packed_batches(
+  segments: Sequence[Segment], shards: int = 1, tokens: int = PASS_TOKENS
+) -> list[tuple[list[int], list[Place], Shape]]:
+  """One pass over all segments: each batch's indices, places and shape; long rows first. At most one shape for each of
+  PASS_CLASSES, and a device reads about `tokens` at a time. What long segments leave free is filled with short ones."""
+  left, out = list(range(len(segments))), []
+  while left:
+    longest = max(len(segments[i].tokens) for i in left)
+    opens = max((n + 1 for n in PASS_CLASSES if n < longest), default=0)
+    length = _row_length([segments[i] for i in left], longest, opens, shards, tokens)
+    chosen = [segments[i] for i in left]
+    places, need = place(chosen, length, _scored(chosen, length), opens)
+    calls, rows_each = _calls(need.B, length, shards, tokens)
     shape = union([need._replace(B=rows_each)], shards)
-    groups: dict[int, tuple[list[int], list[Place]]] = {}
-    for i, at in zip(members, places, strict=True):
-      indices, local = groups.setdefault(at.b // rows_each, ([], []))
-      indices.append(i)
-      local.append(at._replace(b=at.b % rows_each))
-    out += [(indices, local, shape) for indices, local in groups.values()]
+    batches: list[tuple[list[int], list[Place], Shape]] = [([], [], shape) for _ in range(calls)]
+    for i, at in zip(left, places, strict=True):
+      if at is not None:
+        indices, local, _ = batches[at.b // rows_each]
+        indices.append(i)
+        local.append(at._replace(b=at.b % rows_each))
+    out += [batch for batch in batches if batch[0]]
+    left = [i for i, at in zip(left, places, strict=True) if at is None]
   return out
+
+
+def _calls(rows: int, length: int, shards: int, tokens: int) -> tuple[int, int]:
+  """Into how many calls `rows` packed rows go, and how many each reads, a multiple of `shards`: few empty rows."""
+  fewest = -(-rows // (max(1, tokens // length) * shards))
+  each = lambda calls: -(-rows // (calls * shards)) * shards
+  calls = min(range(fewest, fewest + 3), key=lambda calls: calls * each(calls))
+  return -(-rows // each(calls)), each(calls)
+
+
+def _row_length(segments: Sequence[Segment], longest: int, opens: int, shards: int, tokens: int) -> int:
+  """The length of rows that costs least: padding, and attention, which grows with the length. From a sample."""
+  by_length = sorted(segments, key=lambda segment: -len(segment.tokens))
+  sample = by_length[:: -(-len(segments) // SAMPLE)]
+  base = max(PASS_LENGTH, -(-longest // 16) * 16)
+
+  def cost(length: int) -> float:
+    places, need = place(sample, length, _scored(sample, length), opens)
+    calls, rows_each = _calls(-(-need.B * len(segments) // len(sample)), length, shards, tokens)
+    placed = sum(len(segment.tokens) for segment, at in zip(sample, places, strict=True) if at)
+    return calls * rows_each * length * (1 + length / ATTENTION) - placed * len(segments) / len(sample)
+
+  return min(range(base, max(2 * base, tokens // 2) + 1, 32) if len(segments) > 1 else [base], key=cost)
+
+
+def _scored(segments: Sequence[Segment], length: int) -> int:
+  """How many scored positions a row should have at most, so that all rows have about as many."""
+  share = sum(len(segment.target) for segment in segments) / sum(len(segment.tokens) for segment in segments)
+  return max(1, int(SLACK * share * length), *(len(segment.target) for segment in segments))
 
 
 def draw(count: int, per_step: int, step: int, key: tuple[int, ...]) -> np.ndarray:

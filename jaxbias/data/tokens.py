@@ -28,6 +28,9 @@ class Tokenizer:
   pad_id: int  # falls back to eos, then to 0: padding is masked wherever it stands
   vocab_size: int
   fingerprint: str
+  mask_id: int | None = None  # these three: of an encoder's tokenizer
+  cls_id: int | None = None
+  sep_id: int | None = None
 
   @property
   def start_id(self) -> int:
@@ -36,6 +39,14 @@ class Tokenizer:
     if start is None:
       raise UserError("the tokenizer names no BOS and no EOS token; add `bos_token` to its tokenizer_config.json.")
     return start
+
+  def special(self, name: str) -> int:
+    """The id of "mask", "cls" or "sep". Raises UserError where the tokenizer names none."""
+    found = getattr(self, f"{name}_id")
+    if found is None:
+      raise UserError(f"the tokenizer names no {name} token, which a masked language model needs; add `{name}_token` "
+                      "to its tokenizer_config.json.")
+    return found
 
   def encode(self, text: str) -> list[int]:
     return self.backend.encode(text, add_special_tokens=False).ids
@@ -68,11 +79,15 @@ def answer_mask(tokenizer: Tokenizer, text: str, prefix_chars: int) -> tuple[lis
   raise UserError(f"no answer after the first {prefix_chars} characters of {text!r}; the span to score is empty.")
 
 
+_CUSTOMARY = {"mask": ("[MASK]", "<mask>"), "cls": ("[CLS]", "<s>"), "sep": ("[SEP]", "</s>")}
+
+
 def load_tokenizer(folder: Path) -> Tokenizer:
   """The tokenizer of a model folder: tokenizer.json, and the names of its special tokens.
 
-  tokenizer_config.json decides on BOS, EOS and padding where it mentions them (null: there is none), then
-  special_tokens_map.json, then the ids in config.json. Raises UserError when tokenizer.json is missing or unreadable.
+  tokenizer_config.json decides on them where it mentions them (null: there is none), then special_tokens_map.json;
+  then, for BOS, EOS and padding, the ids in config.json, and for the others BERT's or RoBERTa's names of them.
+  Raises UserError when tokenizer.json is missing or unreadable.
   """
   path = folder / "tokenizer.json"
   if not path.is_file():
@@ -94,13 +109,16 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     if f"{name}_token" in named:
       token = named[f"{name}_token"]
       return backend.token_to_id(token["content"] if isinstance(token, dict) else token) if token else None
+    if name in _CUSTOMARY:  # the first encoders' folders name none
+      return next((i for i in map(backend.token_to_id, _CUSTOMARY[name]) if i is not None), None)
     found = config.get(f"{name}_token_id")
     return found[0] if isinstance(found, list) else found
 
   bos, eos, pad = special("bos"), special("eos"), special("pad")
   size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
   pad = next(i for i in (pad, eos, 0) if i is not None)
-  return Tokenizer(backend, bos, eos, pad, size, hashlib.sha256(raw).hexdigest())
+  fingerprint = hashlib.sha256(raw).hexdigest()
+  return Tokenizer(backend, bos, eos, pad, size, fingerprint, *map(special, ("mask", "cls", "sep")))
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:

@@ -190,7 +190,7 @@ def programs(module: Transformer, mesh: Mesh) -> tuple[Callable, Callable]:
     def more(s: State) -> State:
       one = jnp.ones_like(s.token)[:, None]
       hidden, out = module.apply(variables, s.token[:, None], one, s.position[:, None], cache=s.cache)
-      token = choose(logits(hidden[:, 0], head(variables["params"], config)), s.seen, rules, s.step)
+      token = choose(logits(hidden[:, 0], head(variables["params"], config, mesh)), s.seen, rules, s.step)
       new = jnp.where(s.done, -1, token)[:, None]
       return State(
         out["cache"], token, s.position + 1, s.seen | (token[:, None] == jnp.arange(config.vocab_size)),
@@ -316,7 +316,8 @@ def _continue(model: LanguageModel, variables, rows: Sequence[_Row], shape: tupl
   for until in range(look, longest + look, look):
     state = decode(variables, state, rules, jax.device_put(stopped, batch_sharding(model.mesh)), min(until, longest))
     written, done = jax.device_get((state.out, state.done))
-    found = [_ending(model.tokenizer, row, tokens[tokens >= 0].tolist(), eos) for row, tokens in zip(rows, written)]
+    texts = zip(rows, written[: len(rows)], strict=True)
+    found = [_ending(model.tokenizer, row, tokens[tokens >= 0].tolist(), eos) for row, tokens in texts]
     stopped[: len(rows)] = [continuation.reason == "stop" for continuation in found]
     if (done | stopped).all():
       break

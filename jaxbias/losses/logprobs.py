@@ -53,6 +53,22 @@ def _token_logprobs_backward(kept, g_BP):
 token_logprobs.defvjp(_token_logprobs_forward, _token_logprobs_backward)
 
 
+def token_statistics(hidden_BPD: jax.Array, head: Head, target_BP: jax.Array) -> tuple[jax.Array, ...]:
+  """Of each target, all [B, P]: log p (float32 nats); whether it is the most probable token (of equals the one with
+  the smallest id); mean and standard deviation of log p under p itself (Min-K%++, Zhang et al. 2025). No gradient is
+  meant to be taken."""
+
+  def chunk(h, y):
+    logits = _logits(h, head)
+    log_p = jax.nn.log_softmax(logits)
+    p = jnp.exp(log_p)
+    mean = (p * log_p).sum(-1)
+    variance = (p * (log_p - mean[..., None]) ** 2).sum(-1)
+    return _chosen(logits, y), logits.argmax(-1) == y, mean, jnp.sqrt(variance)
+
+  return _over_positions(chunk, head.shards, hidden_BPD, target_BP)
+
+
 @jax.custom_vjp
 def forward_kl(hidden_BKD: jax.Array, head: Head, ref_hidden_BKD: jax.Array, ref_head: Head) -> jax.Array:
   """KL(reference || policy) over the whole vocabulary, float32 nats, [B, K].

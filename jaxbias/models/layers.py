@@ -72,7 +72,6 @@ class PerLayer:
   number: jax.Array  # int32 []: 0 for the first layer
   lora_scale: jax.Array | None  # float32 []
   edits: dict[str, Edit]
-  cache: tuple[jax.Array, jax.Array] | None  # keys and values [B, S, G, C]
 
 
 def visible(
@@ -191,13 +190,16 @@ class Projection(nn.Module):
 
 
 class Attention(nn.Module):
-  """Self-attention with grouped key-value heads. With a cache, also the layer's keys and values, old and new."""
+  """Self-attention with grouped key-value heads. With a cache (keys and values of all layers, [L, B, S, G, C] each)
+  the new ones are written into it and it is returned: what is not new is read, but never copied."""
 
   config: ModelConfig
   lora_dropout: float
 
   @nn.compact
-  def __call__(self, x_BTD: jax.Array, context: Context, layer: PerLayer) -> tuple[jax.Array, tuple | None]:
+  def __call__(
+    self, x_BTD: jax.Array, context: Context, layer: PerLayer, cache: tuple[jax.Array, jax.Array] | None
+  ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
     c = self.config
     B, T, D = x_BTD.shape
 
@@ -218,14 +220,15 @@ class Attention(nn.Module):
     k_BSGC, v_BSGC = project("k", c.num_kv_heads, "kv_heads"), project("v", c.num_kv_heads, "kv_heads")
     if c.inverse_layer_scale:
       q_BTHC = (q_BTHC / (layer.number + 1)).astype(q_BTHC.dtype)
-    cached = None
-    if layer.cache is not None:
-      put = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), context.write_at, axis=1)
-      cached = k_BSGC, v_BSGC = put(layer.cache[0], k_BSGC), put(layer.cache[1], v_BSGC)
+    if cache is not None:
+      at = (layer.number, 0, context.write_at, 0, 0)
+      put = lambda old, new: jax.lax.dynamic_update_slice(old, new[None].astype(old.dtype), at)
+      cache = put(cache[0], k_BSGC), put(cache[1], v_BSGC)
+      k_BSGC, v_BSGC = (jax.lax.dynamic_index_in_dim(old, layer.number, keepdims=False) for old in cache)
     mask = select(context.masks, layer.kind)
     mixed = attend(q_BTHC, k_BSGC, v_BSGC, mask, c.score_scale, c.attention_softcap)
     out = Projection(D, ("heads", "embed"), c.output_bias, self.lora_dropout, name="o")
-    return out(mixed.reshape(B, T, c.num_heads * c.head_dim), layer.lora_scale), cached
+    return out(mixed.reshape(B, T, c.num_heads * c.head_dim), layer.lora_scale), cache
 
 
 class MLP(nn.Module):

@@ -60,8 +60,8 @@ class Block(nn.Module):
   lora_dropout: float = 0.0
 
   @nn.compact
-  def __call__(self, x_BTD: jax.Array, layer: PerLayer, context: Context):
-    c, captured = self.config, {}
+  def __call__(self, carry: tuple[jax.Array, tuple | None], layer: PerLayer, context: Context):
+    (x_BTD, cache), c, captured = carry, self.config, {}
 
     def site(name: str, value: jax.Array) -> jax.Array:
       if name in layer.edits:
@@ -85,14 +85,14 @@ class Block(nn.Module):
 
     x = site("residual_in", by_rows(x_BTD, context.mesh))
     attention, mlp = Attention(c, self.lora_dropout, name="attention"), MLP(c, self.lora_dropout, name="mlp")
-    attended, cache = attention(entering(x, "attention"), context, layer)
+    attended, cache = attention(entering(x, "attention"), context, layer, cache)
     attended = leaving(attended, "attention")
     if c.parallel_residual:
       x = x + attended + leaving(mlp(entering(x, "mlp"), layer), "mlp")
     else:
       x = joined(x + attended, "attention")
       x = joined(x + leaving(mlp(entering(x, "mlp"), layer), "mlp"), "mlp")
-    return site("residual_out", x), (captured, cache)
+    return (site("residual_out", x), cache), captured
 
 
 class SharedBlock(nn.Module):
@@ -105,7 +105,7 @@ class SharedBlock(nn.Module):
   policy: object
 
   @nn.compact
-  def __call__(self, x_BTD: jax.Array, layers: PerLayer, context: Context):
+  def __call__(self, carry: tuple[jax.Array, tuple | None], layers: PerLayer, context: Context):
     stack = nn.scan(
       nn.remat(Block, prevent_cse=False, policy=self.policy),
       variable_broadcast=("params", "lora"),
@@ -113,7 +113,7 @@ class SharedBlock(nn.Module):
       in_axes=(0, nn.broadcast),
       length=self.length,
     )(self.config, self.capture, self.lora_dropout, name="shared")
-    return stack(x_BTD, layers, context)
+    return stack(carry, layers, context)
 
 
 class Transformer(nn.Module):
@@ -193,7 +193,7 @@ class Transformer(nn.Module):
     L, shared = c.num_layers, c.num_layers // c.groups
     scale_L = self.get_variable("lora_scale", "scale") if self.has_variable("lora_scale", "scale") else None
     kind_L, number_L = jnp.asarray(c.kind_of_layer, jnp.int32), jnp.arange(L)
-    layers = PerLayer(kind_L, number_L, scale_L, edits, None if cache is None else (cache.k, cache.v))
+    layers = PerLayer(kind_L, number_L, scale_L, edits)
     policy = None if self.remat else MATRIX_PRODUCTS
     if shared > 1:
       layers = jax.tree.map(lambda x: x.reshape(c.groups, shared, *x.shape[1:]), layers)
@@ -210,8 +210,9 @@ class Transformer(nn.Module):
       length=c.groups,
       metadata_params={nn.PARTITION_NAME: "layers"},
     )(*settings, name="layers")
-    x_BTD, out = stack(x_BTD, layers, context)
-    captures, kv = jax.tree.map(lambda x: x.reshape(L, *x.shape[2:]), out) if shared > 1 else out
+    (x_BTD, kv), captures = stack((x_BTD, None if cache is None else (cache.k, cache.v)), layers, context)
+    if shared > 1:
+      captures = jax.tree.map(lambda x: x.reshape(L, *x.shape[2:]), captures)
     if cache is not None:
       length = cache.length + segment_BT.shape[1]
       captures = {**captures, "cache": Cache(*kv, segment_BS, position_BS, length)}

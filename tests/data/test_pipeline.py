@@ -190,8 +190,7 @@ def test_a_pass_covers_every_segment_once(count, longest, shards):
   for indices, places, shape in batches:
     check_packed([segments[i] for i in indices], places, shape)
     assert shape.B % shards == 0 and shape.B <= max(1, PASS_TOKENS // shape.T) * shards
-    needed = max(len(segments[i].tokens) for i in indices)
-    assert shape.T in LENGTHS and (shape.T == PASS_LENGTH or needed > shape.T / 2)
+    assert shape.T >= PASS_LENGTH and not shape.T % 16
   lengths = {shape.T for *_, shape in batches}
   assert len({shape for *_, shape in batches}) == len(lengths), "one compiled program a length"
 
