@@ -91,7 +91,10 @@ def _restore(state: Path) -> dict:
   import orbax.checkpoint as ocp
 
   with ocp.PyTreeCheckpointer() as checkpointer:
-    wanted = {"params": checkpointer.metadata(state).item_metadata.tree["params"]}
+    about = checkpointer.metadata(state).item_metadata
+    if about is None:
+      raise ValueError("no metadata")
+    wanted = {"params": about.tree["params"]}
     how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
     args = ocp.args.PyTreeRestore(item=wanted, restore_args=how, partial_restore=True)
     return checkpointer.restore(state, args=args)["params"]
