@@ -43,13 +43,18 @@ def convert(
   results, made = _comparison(adapted)
   notes = _notes(adapted, folder, results)
   about = _about(adapted, base, folder, config, dtype, command) | {"notes": notes, "provenance": made}
+  trained = adapted.read(config) if adapted else {}
   if to == "peft":
+    if "lora" not in trained or "params" in trained:
+      raise UserError(f"{adapted.folder} trained parameters of the base itself (train.base), which an adapter cannot "
+                      "hold; ask for --to=hf.")  # fmt: skip
     about |= {"library": "peft", "dtype": "float32"}
-    save_adapters(out, base, config, adapted.read(config), {"README.md": card(about, results)})
+    save_adapters(out, base, config, trained, {"README.md": card(about, results)})
     return notes
   model = language_model.load(base, "float32" if adapted else dtype)
-  adapters = adapted.read(config) if adapted else None
-  export_model(out, folder.path, config, model.params, adapters, dtype, texts={"README.md": card(about, results)})
+  params = language_model.exchange(model.params, trained.get("params", {}))
+  adapters = trained if "lora" in trained else None
+  export_model(out, folder.path, config, params, adapters, dtype, texts={"README.md": card(about, results)})
   return notes
 
 

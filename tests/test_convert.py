@@ -9,15 +9,16 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from numpy.testing import assert_array_equal
 from safetensors.numpy import load_file
 
 from jaxbias.cli import main
 from jaxbias.convert import convert
-from jaxbias.data import sources
+from jaxbias.data.rows import Choice
 from jaxbias.errors import UserError
-from jaxbias.evals import tradeoff
+from jaxbias.evals.scoring import score
 from jaxbias.models import language_model, peft
 from jaxbias.models.adapted import find
 from jaxbias.models.checkpoints import read_config
@@ -144,6 +145,28 @@ def test_a_model_alone_is_written_as_it_is(base, loaded, tmp_path):
   assert read_config(tmp_path / "again")["torch_dtype"] == "bfloat16"
 
 
+def test_a_run_that_trained_the_base_as_well(run, loaded, tmp_path):
+  """Its leaves are exchanged before adapters are merged; a loss's own parameters stay behind."""
+  embedding = np.asarray(loaded.params["embedding"]) + 1
+  config = find(run).run
+  checkpoints = Checkpoints(run / "checkpoints")
+  for step, layers in ((7, factors(loaded)), (8, {})):
+    params = layers | {"base": {"embedding": jnp.asarray(embedding)}, "losses": {"head": {"w": jnp.ones(3)}}}
+    checkpoints.save(TrainState(jnp.int32(step), params, {"mu": jnp.zeros(2)}), config)
+    expected = (merged(loaded) if layers else loaded.params) | {"embedding": embedding}
+    assert_same(language_model.load(str(run)).params, expected, atol=1e-6)
+    convert(None, run, "hf", tmp_path / str(step))
+    assert_same(language_model.load(str(tmp_path / str(step))).params, expected, atol=1e-6)
+    with pytest.raises(UserError, match=r"trained parameters of the base itself \(train.base\).*ask for --to=hf"):
+      convert(None, run, "peft", tmp_path / "adapter")
+  checkpoints.close()
+
+
+def test_a_run_on_a_model_of_another_size(run, tmp_path, make_gguf, cache):
+  with pytest.raises(UserError, match="npo-seed1 does not fit this model: the adapter of layers/.* is for another"):
+    convert(str(make_gguf()), run, "hf", tmp_path / "out")
+
+
 def test_a_gguf_becomes_a_hugging_face_folder(make_gguf, cache, tmp_path):
   path = make_gguf()
   convert(str(path), None, "hf", tmp_path / "out")
@@ -218,13 +241,15 @@ def test_an_adapter_that_names_no_base(run, tmp_path):
 # A real run
 
 
-def test_a_trained_run_scores_as_it_did_when_it_was_evaluated(tmp_path_factory):
+def test_a_trained_run_scores_as_base_and_adapters_do(tmp_path_factory):
+  """The newest checkpoint of a comparison, read by the library that wrote it, on the base that the run started from."""
   tiny = Workplace.of(tmp_path_factory)
-  finished = tiny.finished()
-  model = language_model.load(str(finished / "sft-seed1"))
-  encoded = tradeoff.encode_split(model, sources.load(str(tiny.folder / "stereoset.json"), None).test)
-  ours = tradeoff.measure(model, encoded, {}, lambda rows: None)
-  theirs, before = (read(finished / name / "evaluation.json")["scores"] for name in ("sft-seed1", "base"))
-  sums = lambda scores: np.array([option[0] for part in sorted(scores) for row in sorted(scores[part])
-                                  for option in scores[part][row]])  # fmt: skip
+  run = tiny.finished() / "sft-seed1"
+  base, model = (language_model.load(str(source)) for source in (tiny.folder / "model", run))
+  with ocp.CheckpointManager(run.absolute() / "checkpoints") as manager:
+    restored = manager.restore(6, args=ocp.args.Composite(state=ocp.args.StandardRestore()))["state"]["params"]
+  adapters = {"lora": {"layers": restored["layers"]}, "lora_scale": {"scale": np.full(2, 16.0 / 2, np.float32)}}
+  rows = [Choice(name, f"{name} sat on", (" the cat.", " a hat.", " 12.")) for name in ("he", "the cat")]
+  before, theirs, ours = score(base, rows), score(base, rows, adapters), score(model, rows)
+  sums = lambda scores: np.array([option[0] for row in rows for option in scores[row.id]])
   assert np.abs(sums(ours) - sums(theirs)).max() < 1e-3 < 0.1 < np.abs(sums(before) - sums(theirs)).max()

@@ -8,19 +8,23 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from jaxbias.errors import UserError
 from jaxbias.models import peft
 from jaxbias.models.config import ModelConfig
 from jaxbias.models.lora import LoraConfig, lora_scale
 from jaxbias.models.sources import CATALOGUE, ModelFolder, resolve
+from jaxbias.models.transformer import Transformer, abstract_variables
 
 
 @dataclasses.dataclass(frozen=True)
 class Adapted:
-  """`read(config of the base)` gives {"lora", "lora_scale"}. `run`: the config of a training run, {} for PEFT's."""
+  """`read(config of the base)` gives the collections {"lora", "lora_scale"} where there are adapters, and {"params"},
+  leaves to exchange, where the run trained some of the base. `run`: the config of a training run, {} for PEFT's."""
 
   folder: Path
   base: str  # as `language_model.load` takes it
@@ -74,12 +78,29 @@ def _run(folder: Path) -> Adapted:
 
   def read(config: ModelConfig) -> dict:
     try:
-      factors = _restore(checkpoints / str(step) / "state")
+      trained = _restore(checkpoints / str(step) / "state")
     except (OSError, ValueError, KeyError):
       raise damaged from None
-    return {"lora": factors, "lora_scale": lora_scale(lora, config.num_layers)}
+    found = {"params": trained["base"]} if "base" in trained else {}
+    if "layers" in trained:
+      found |= {"lora": {"layers": trained["layers"]}, "lora_scale": lora_scale(lora, config.num_layers)}
+    _check_shapes(folder, found, config)
+    return found
 
   return Adapted(folder, base, read, run, step)
+
+
+def _check_shapes(folder: Path, found: Mapping, config: ModelConfig) -> None:
+  """UserError where a run does not fit the model that it is put on."""
+  need = {path: leaf.shape for path, leaf in flatten_dict(nn.unbox(abstract_variables(Transformer(config)))).items()}
+  for path, leaf in flatten_dict(found.get("params", {})).items():
+    if leaf.shape != need.get(path):
+      raise UserError(f"{folder} does not fit this model: {'/'.join(path)} has shape {leaf.shape}, {need.get(path)} is "
+                      "needed.")  # fmt: skip
+  for path, leaf in flatten_dict(found.get("lora", {})).items():
+    groups, fan_in, fan_out = need.get((*path[:-1], "kernel"), (0, 0, 0))
+    if leaf.shape != ((groups, fan_in, leaf.shape[2]) if path[-1] == "a" else (groups, leaf.shape[1], fan_out)):
+      raise UserError(f"{folder} does not fit this model: the adapter of {'/'.join(path[:-1])} is for another size.")
 
 
 def _frozen(value: Any) -> Any:
@@ -87,14 +108,14 @@ def _frozen(value: Any) -> Any:
 
 
 def _restore(state: Path) -> dict:
-  """The trained leaves alone, as numpy arrays: whatever the machine they were trained on."""
+  """The model's trained leaves alone, as numpy arrays: whatever the machine they were trained on."""
   import orbax.checkpoint as ocp
 
   with ocp.PyTreeCheckpointer() as checkpointer:
     about = checkpointer.metadata(state).item_metadata
     if about is None:
       raise ValueError("no metadata")
-    wanted = {"params": about.tree["params"]}
+    wanted = {"params": {key: tree for key, tree in about.tree["params"].items() if key != "losses"}}
     how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
     args = ocp.args.PyTreeRestore(item=wanted, restore_args=how, partial_restore=True)
     return checkpointer.restore(state, args=args)["params"]

@@ -10,6 +10,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
 from jaxbias.config import SHARDING_RULES
@@ -83,16 +84,25 @@ def load(
 
 
 def _adapt(model: LanguageModel, adapted: adapted_sources.Adapted) -> LanguageModel:
-  """The model with adapters merged; its weights keep their dtype and their places."""
-  adapters = adapted.read(model.config)
-  lora, identity = jax.tree.map(np.asarray, adapters["lora"]), hashlib.sha256(model.fingerprint.encode())
-  for leaf in jax.tree.leaves({**adapters, "lora": lora}):
+  """The model with adapters merged and trained leaves exchanged; its weights keep their dtype and their places."""
+  found = adapted.read(model.config)
+  identity = hashlib.sha256(model.fingerprint.encode())
+  for leaf in jax.tree.leaves(found):
     identity.update(np.asarray(leaf).tobytes())
+  params = exchange(model.params, found.get("params", {}))
+  if "lora" in found:
 
-  def merged(params, lora):
-    return jax.tree.map(lambda new, old: new.astype(old.dtype), merge(params, lora, adapters["lora_scale"]), params)
+    def merged(params, lora):
+      return jax.tree.map(lambda new, old: new.astype(old.dtype), merge(params, lora, found["lora_scale"]), params)
 
-  places = jax.tree.map(lambda leaf: leaf.sharding, model.params)
-  params = jax.jit(merged, out_shardings=places, donate_argnums=0)(model.params, lora)
+    places = jax.tree.map(lambda leaf: leaf.sharding, params)
+    params = jax.jit(merged, out_shardings=places, donate_argnums=0)(params, jax.tree.map(np.asarray, found["lora"]))
   name = f"{model.name} + {adapted.folder.resolve().name}"
   return dataclasses.replace(model, name=name, params=params, fingerprint=identity.hexdigest())
+
+
+def exchange(params: Mapping, leaves: Mapping) -> dict:
+  """The parameters with some leaves exchanged, in the dtype and the place of those before."""
+  flat = flatten_dict(dict(params))
+  put = lambda leaf, old: jax.device_put(np.asarray(leaf).astype(old.dtype), old.sharding)
+  return unflatten_dict(flat | {path: put(leaf, flat[path]) for path, leaf in flatten_dict(dict(leaves)).items()})
