@@ -41,7 +41,7 @@ def convert(
   hf = read_config(folder.path)
   config, dtype = model_config(hf), dtype or _own_dtype(hf)
   results, made = _comparison(adapted)
-  notes = _notes(adapted, folder, results)
+  notes = _notes(adapted, base, folder, results)
   about = _about(adapted, base, folder, config, dtype, command) | {"notes": notes, "provenance": made}
   trained = adapted.read(config) if adapted else {}
   if to == "peft":
@@ -84,11 +84,12 @@ def _comparison(adapted: Adapted | None) -> tuple[dict | None, dict]:
   return results, json.loads(about.read_text(encoding="utf-8")) if about.is_file() else {}
 
 
-def _notes(adapted: Adapted | None, base: ModelFolder, results: Mapping | None) -> list[str]:
+def _notes(adapted: Adapted | None, source: str, base: ModelFolder, results: Mapping | None) -> list[str]:
   notes = []
   if adapted and adapted.run and adapted.step < adapted.run["train"]["steps"]:
     notes.append(f"the run is at step {adapted.step} of {adapted.run['train']['steps']}: its training did not finish.")
-  if results and results["model"].get("fingerprint") not in (None, base.fingerprint):
+  trained_on = results["model"].get("fingerprint") if results else None
+  if trained_on not in (None, base.fingerprint) and not adapted_sources.find(source):
     notes.append(f"the adapters were trained on other weights ({results['model'].get('source')}); the table is about "
                  "those.")  # fmt: skip
   return notes
