@@ -18,6 +18,8 @@ from jaxbias.errors import UserError, did_you_mean
 SOURCE_HELP = "a name, a folder, a .gguf file, or hf:org/name[@revision]"
 CONFIG_HELP = "any key can be overridden: --config.train.steps=40 --config.model=PATH --config.seeds='(0,1,2)'"
 
+INTRASENTENCE = "stereoset_intrasentence,stereoset_intrasentence_sum"
+
 CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR)
 
 
@@ -83,12 +85,19 @@ def _parser() -> argparse.ArgumentParser:
   p.add_argument("--length", metavar="TOKENS", type=int, default=0, help="of a row; default 1024")
   p.add_argument("--out", metavar="FILE", type=Path, help="also write the plan as JSON")
 
-  p = verb("evaluate", _evaluate, "a benchmark's metrics for one model, with intervals")
+  p = verb("evaluate", _evaluate, "benchmarks' metrics for one model, with intervals")
   _model(p)
-  p.add_argument("--benchmark", default="stereoset", help="stereoset (its intrasentence task)")
-  p.add_argument("--data", metavar="FILE", required=True, help="StereoSet's JSON, or `builtin`")
+  p.add_argument("--benchmark", metavar="NAME[,NAME]", default=INTRASENTENCE,
+                 help="default: StereoSet's intrasentence task, by mean over tokens and by sum")
+  p.add_argument("--data", metavar="SOURCE", action="append", default=[],
+                 help="a file or folder, `builtin`, hf:NAME[:CONFIG[:SPLIT]] or tfds:NAME[:SPLIT]; NAME=SOURCE where "
+                 "benchmarks have each their own")
   p.add_argument("--limit", metavar="N", type=int, help="only the first N examples; the result says so")
-  p.add_argument("--out", metavar="FILE", type=Path, help="also write metrics and per-item scores as JSON")
+  p.add_argument("--truncate", choices=("left",), help="cut texts that are too long; the result says how many")
+  p.add_argument("--scorer", metavar="NAME", help="of what a model writes: lexicon, lexicon:FILE, module:function, or "
+                 "a classifier's folder")
+  p.add_argument("--out", metavar="FILE", type=Path, help="also write estimates, items, answers and provenance as JSON")
+  p.add_argument("--list", action="store_true", help="name every benchmark, its data and metrics, and stop")
 
   p = verb("score", _score, "log-probability of every option of anyone's rows")
   _model(p)
@@ -190,7 +199,7 @@ def _run(config, workdir: Path) -> None:
   from jaxbias.report.tables import terminal
   from jaxbias.report.write import write
 
-  command = f"python -m jaxbias {shlex.join(sys.argv[1:])}"
+  command = _command()
   results = compare(config, workdir, command)
   page = write(workdir)
   _print(terminal(results))
@@ -198,6 +207,10 @@ def _run(config, workdir: Path) -> None:
   failed = [row["name"] for row in results["rows"] if row.get("failed")]
   if failed:
     raise UserError(f"{', '.join(failed)} did not finish; the table says why, and the other rows are complete.")
+
+
+def _command() -> str:
+  return f"python -m jaxbias {shlex.join(sys.argv[1:])}"
 
 
 def _print(table) -> None:
@@ -208,12 +221,31 @@ def _print(table) -> None:
 
 
 def _evaluate(options, rest: Sequence[str]) -> None:
-  if options.benchmark != "stereoset":
-    raise UserError(f"there is no benchmark `{options.benchmark}`; {did_you_mean(options.benchmark, ['stereoset'])}")
+  from jaxbias.evals import registry
+
+  if options.list:
+    from jaxbias.evals import show
+
+    _print(show.listing(registry.members()))
+    return
+  names = [name.strip() for name in options.benchmark.split(",")]
+  for name in names:
+    registry.get(name)
+  if not options.data:
+    raise UserError(f"name what `{names[0]}` is to read with --data; `jaxbias evaluate --list` says what that is.")
+  if options.limit is not None and options.limit < 1:
+    raise UserError(f"--limit={options.limit} leaves no example to evaluate.")
   _start_jax()
   from jaxbias.evals import run
 
-  _print(run.stereoset(options.model, options.data, options.dtype, options.limit, options.out))
+  tables, wrong = run.evaluate(
+    options.model, names, options.data, dtype=options.dtype, limit=options.limit, truncate=options.truncate,
+    scorer=options.scorer, out=options.out, command=_command(),
+  )  # fmt: skip
+  for table in tables:
+    _print(table)
+  if wrong:
+    raise run.failure(wrong, options.out)
 
 
 def _score(options, rest: Sequence[str]) -> None:
@@ -236,7 +268,7 @@ def _convert(options, rest: Sequence[str]) -> None:
   _start_jax()
   from jaxbias.convert import convert
 
-  command = f"python -m jaxbias {shlex.join(sys.argv[1:])}"
+  command = _command()
   notes = convert(options.model, options.run_folder, options.to, options.out, options.dtype, command)
   for note in notes:
     print(f"jaxbias: {note}", file=sys.stderr)

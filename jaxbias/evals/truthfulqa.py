@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxbias.data.fields import a_row, field, json_file, string, text_file
+from jaxbias.data.fields import a_row, field, json_file, json_lines, string, text_file
 from jaxbias.data.rows import Choice
 from jaxbias.errors import UserError
 from jaxbias.evals.metrics import Benchmark, Higher, Neutral, Result, Scores, score_array
@@ -44,15 +44,21 @@ class Question:
 def load(path: str, primed: bool) -> list[Question]:
   """Questions of an mc_task*.json: [{"question", "mc1_targets": {answer: 0 or 1}, "mc2_targets": {...}}].
 
+  Or Hugging Face's rows in a .jsonl, whose targets are {"choices": [answers], "labels": [0 or 1]}.
   Raises UserError where a question has not one best answer among its true ones, or no false one.
   """
-  records = json_file(path)
-  if not isinstance(records, list) or not records:
+  if str(path).endswith(".jsonl"):
+    records = list(json_lines(path))
+  else:
+    content = json_file(path)
+    records = [(f"{path}, question {number}", record) for number, record in enumerate(content, start=1)
+               ] if isinstance(content, list) else []
+  if not records:
     raise UserError(f"{path}: a list of questions is needed.")
   primer, questions = _primer(path) if primed else "", []
-  for number, record in enumerate(records, start=1):
+  for number, (where, record) in enumerate(records, start=1):
     with a_row():
-      questions.append(_question(record, f"{path}, question {number}", f"q{number}", primer))
+      questions.append(_question(record, where, f"q{number}", primer))
   return questions
 
 
@@ -78,6 +84,8 @@ def _question(record: object, where: str, identity: str, primer: str) -> Questio
 def _labels(record: object, key: str, where: str) -> dict[str, int]:
   """The answers that are not empty (the questions of 2025 have some that are)."""
   labels = field(record, key, dict, where)
+  if labels.keys() == {"choices", "labels"}:
+    labels = dict(zip(labels["choices"], labels["labels"], strict=False))
   if any(label not in (0, 1) for label in labels.values()):
     raise UserError(f"{where}: `{key}` has to give 0 or 1 for each answer.")
   return {answer: label for answer, label in labels.items() if answer.strip()}
