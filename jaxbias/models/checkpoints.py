@@ -24,6 +24,7 @@ from jaxbias.models.families import family_of
 from jaxbias.models.families.layout import Stored
 
 STREAM_BYTES = 256 << 20  # shards of stacked layers past this size are filled layer by layer
+MAPPED_BYTES = 128 << 20  # of files, touched before they are mapped anew: what is mapped counts as our memory
 
 
 def read_config(folder: Path) -> dict:
@@ -57,17 +58,45 @@ class TensorFiles:
       files = sorted(set(where.values()))
     else:
       files = ["model.safetensors"]
-    self.where = {}
+    self.where, self.handles, self.touched = {}, {}, 0
     for file in files:
-      handle = open_safetensors(folder / file)
-      self.where.update(dict.fromkeys(handle.keys(), handle))
+      self.where.update(dict.fromkeys(self._handle(folder / file).keys(), folder / file))
+
+  def _handle(self, file: Path):
+    if file not in self.handles:
+      self.handles[file] = open_safetensors(file)
+    return self.handles[file]
+
+  def stored(self, name: str):
+    """The tensor as safetensors' slice: its shape, its dtype, and what indexing reads."""
+    return self._handle(self.where[name]).get_slice(name)
 
   def shape(self, name: str) -> tuple[int, ...]:
-    return tuple(self.where[name].get_slice(name).get_shape())
+    return tuple(self.stored(name).get_shape())
 
   def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-    """A slice of one tensor; only its bytes are read from disk."""
-    return self.where[name].get_slice(name)[index] if index else self.where[name].get_tensor(name)
+    """A slice of one tensor. A large one is read by blocks of rows, as a few columns touch the pages of all of them."""
+    shape = self.shape(name)
+    if not shape:
+      return self._handle(self.where[name]).get_tensor(name)
+    rows, columns = range(*(index or (slice(None),))[0].indices(shape[0])), index[1:]
+    step = max(MAPPED_BYTES // (4 * math.prod(shape[1:])), 1)
+    blocks = [slice(at, min(at + step, rows.stop)) for at in rows[::step]]
+    if len(blocks) == 1:
+      return self._block(name, blocks[0], columns)
+    out = None
+    for rows_now in blocks:
+      part = self._block(name, rows_now, columns)
+      out = np.empty((len(rows), *part.shape[1:]), part.dtype) if out is None else out
+      out[rows_now.start - rows.start :][: len(part)] = part
+    return out
+
+  def _block(self, name: str, rows: slice, columns: tuple[slice, ...]) -> np.ndarray:
+    if self.touched > MAPPED_BYTES:
+      self.handles, self.touched = {}, 0
+    stored = self.stored(name)
+    self.touched += 4 * (rows.stop - rows.start) * math.prod(stored.get_shape()[1:])
+    return stored[(rows, *columns)]
 
 
 def open_safetensors(path: Path):
@@ -123,7 +152,7 @@ def load_params(folder: Path, config: ModelConfig, abstract: Mapping, shardings:
       return np.stack([tensor(index[1:], i) for i in range(*index[0].indices(shape[0]))])
 
     if not stored.stacked or _shard_bytes(shape, where[path], dtype) < STREAM_BYTES:
-      return jax.make_array_from_callback(shape, where[path], shard)
+      return _shard_by_shard(shape, where[path], shard)
     return _layer_by_layer(shape, where[path], dtype, tensor)
 
   return unflatten_dict({tuple(path.split("/")): leaf(path) for path in leaves})
@@ -131,6 +160,16 @@ def load_params(folder: Path, config: ModelConfig, abstract: Mapping, shardings:
 
 def _shard_bytes(shape: tuple[int, ...], sharding, dtype: str) -> int:
   return math.prod(sharding.shard_shape(shape)) * jnp.dtype(dtype).itemsize
+
+
+def _shard_by_shard(shape: tuple[int, ...], sharding, shard: Callable) -> jax.Array:
+  """A leaf, read and placed one shard after the other, so that the host holds one beside what the devices hold."""
+  shards, read, values = [], None, None
+  for device, index in sharding.addressable_devices_indices_map(shape).items():
+    if index != read:
+      read, values = index, shard(index)
+    shards.append(jax.block_until_ready(jax.device_put(values, device)))
+  return jax.make_array_from_single_device_arrays(shape, sharding, shards)
 
 
 def _layer_by_layer(shape: tuple[int, ...], sharding, dtype: str, tensor: Callable) -> jax.Array:

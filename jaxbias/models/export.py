@@ -149,7 +149,7 @@ def _carried(source: Path, config: ModelConfig, ours: set[str]) -> list[Tensor]:
   names = (n for n in files.where if n.endswith(family.IGNORED) and not n.endswith(COMPUTED))
   names = [n for n in names if not ours & set(aliases(n, family))]
   dtypes = {code: dtype for dtype, code in CODES.items()}
-  return [Tensor(n, files.shape(n), dtypes[files.where[n].get_slice(n).get_dtype()],
+  return [Tensor(n, files.shape(n), dtypes[files.stored(n).get_dtype()],
                  functools.partial(files.read, n, ())) for n in names]  # fmt: skip
 
 
