@@ -11,6 +11,7 @@ import pytest
 from jaxbias.data import sources
 from jaxbias.data.rows import Choice
 from jaxbias.evals import stereoset
+from jaxbias.evals.answers import answer
 from jaxbias.evals.scoring import score
 from jaxbias.models import language_model
 
@@ -86,3 +87,16 @@ def test_the_figures_are_those_of_the_oracle(ours, oracle, scoring):
   for group in ("overall", *sources.DOMAINS):
     for name, value in expected[f"{scoring}.{group}"].items():
       assert abs(estimates[group][name.lower()].value - value) < 5.1e-5, (group, name)
+
+
+@needs_oracle
+@pytest.mark.parametrize("name", ["crows_dev", "bbq_sample"])
+def test_a_sample_of_other_benchmarks_scores_as_the_oracle(model, name):
+  rows = sources.read_choices(ORACLE / f"{name}.rows.jsonl")
+  rows = rows[:: len(rows) // 30]
+  scores = json.loads((ORACLE / f"{name}.scores.json").read_text())
+  found = answer(model, rows)
+  assert [[n for _, n in found.by_id[row.id]] for row in rows] == [[n for _, n in scores[row.id]] for row in rows]
+  apart = max(abs(a - b) for row in rows for (a, _), (b, _) in zip(found.by_id[row.id], scores[row.id], strict=True))
+  print(f"\n{name}: {len(rows)} rows, at most {apart:.1e} nats apart, {100 * found.padding:.0f} % padding")
+  assert apart <= TOLERANCE and len(found.shapes) <= 4
