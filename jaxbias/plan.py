@@ -181,7 +181,7 @@ def abstract_model(hf: Mapping, name: str, config, mesh: Mesh) -> LanguageModel:
 def abstract_state(trainer: Trainer, objective: Objective) -> TrainState:
   """The train state that the run would start from, as shapes."""
   params = trainer.abstract(objective)
-  aux = jax.eval_shape(lambda: objective.init_aux(trainer.model.config))
+  aux = jax.eval_shape(lambda: objective.init_aux(trainer.model.config, trainer.model.tokenizer))
   state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, jax.eval_shape(trainer.tx.init, params), aux)
   return jax.tree.map(_like, state, trainer.state_shardings(objective))
 

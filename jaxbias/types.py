@@ -44,6 +44,8 @@ class Batch:
   polarity: jax.Array | None = None  # int32 [B, S], 1 = positive, 0 = negative, -1 = neither
   kind: jax.Array | None = None  # int32 [B, S], index of the generator that made a segment, -1 = none
   entity: jax.Array | None = None  # bool [B, T], tokens that a pooled representation is made of
+  answer: jax.Array | None = None  # bool [B, T], all tokens of the answers in `group`s
+  toxicity: jax.Array | None = None  # float32 [B, S], 0 to 1, of a negative; 0 where nobody measured it
   ref_logprob: jax.Array | None = None  # float32 [B, P], nats
   kl_at: jax.Array | None = None  # int32 [B, K]
   kl_segment: jax.Array | None = None  # int32 [B, K]
@@ -79,6 +81,7 @@ class LossOutput:
   total: jax.Array
   parts: dict[str, Metric]
   aux: Any = None  # the running statistics that losses carry from step to step, by the loss's key
+  notes: dict[str, Metric] = flax.struct.field(default_factory=dict)  # logged, not trained on: "<loss's key>/<name>"
 
 
 @flax.struct.dataclass

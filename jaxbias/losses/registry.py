@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxbias.data.tokens import Tokenizer
 from jaxbias.errors import UserError, did_you_mean
 from jaxbias.models.config import ModelConfig
 from jaxbias.models.transformer import Head
@@ -26,28 +27,44 @@ NEEDS = (
   "hidden",  # ctx.hidden_BTD: what the head reads, at every position
   "stack_out",  # ctx.captures["stack_out"] [B, T, D]: behind the last block, before the final norm or the MLM transform
   "residual_out",  # ctx.captures["residual_out"] [L, B, T, D]: behind every block
+  "no_targets",  # it reads no log-probabilities: nothing of its role has to be scored for it
   "groups",  # batch.group, batch.polarity, batch.entity: positives and negatives of one source
 )
+SCALES = ("none", "uncertainty", "ema")  # how a term's size is kept in step with the others'; see `_scaled`
+LABELS_OF_ALL = ("denominator", "batch_all")  # the option with which a loss counts the targets of both sides
+EMA_DECAY, EMA_TARGET = 0.9, 0.1
+
+
+class Found(NamedTuple):
+  """What a loss found where a Metric alone does not say it all: its new running statistics, and `notes`, means that
+  are logged beside it and trained on by nobody."""
+
+  metric: Metric
+  aux: Any = None
+  notes: Mapping[str, Metric] = {}
 
 
 @dataclasses.dataclass(frozen=True)
 class Loss:
-  """`options` are static choices, {name: what it may be, the default first}; `coefficients` are traced numbers.
+  """`options` are static choices, {name: what it may be, the default first}, or {name: (default, ANY)} where any string
+  will do; `coefficients` are traced numbers.
 
   A loss with parameters of its own (a contrast head) or with running statistics has `init_params(key, config)` or
-  `init_aux(config)`; it is then called with `params=` or `aux=`, and with `aux` it returns (Metric, new aux).
+  `init_aux(config, tokenizer, options)`; it is then called with `params=` or `aux=`, and with `aux` it returns
+  (Metric, new aux), or a Found.
   """
 
   name: str
-  function: Callable[..., Metric | tuple[Metric, Any]]
+  function: Callable[..., Metric | tuple[Metric, Any] | Found]
   needs: tuple[str, ...]
   on: str  # the role it reads unless the config says otherwise
   coefficients: Mapping[str, float]
   options: Mapping[str, tuple[str, ...]]
   init_params: Callable[[jax.Array, ModelConfig], Any] | None
-  init_aux: Callable[[ModelConfig], Any] | None
+  init_aux: Callable[[ModelConfig, Tokenizer, Mapping[str, str]], Any] | None
 
 
+ANY = "..."
 LOSSES: dict[str, Loss] = {}
 
 
@@ -85,6 +102,7 @@ class LossContext:
   captures: Mapping[str, jax.Array] = dataclasses.field(default_factory=dict)
   head: Head | None = None  # of the policy
   ref_head: Head | None = None
+  causal: bool = True  # whether the state at t - 1 predicts token t, or that at t
 
   def rows(self, role: str) -> jax.Array:
     """bool [B, S]: the segments that play `role`."""
@@ -121,6 +139,7 @@ class Term(NamedTuple):
   loss: str
   role: str
   options: tuple[tuple[str, str], ...] = ()
+  scale: str = SCALES[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,14 +154,16 @@ class Objective:
 
   @property
   def roles(self) -> frozenset[str]:
-    """Roles that must be in the batch: those that a loss reads, and both halves of a pair."""
-    return frozenset(t.role for t in self.terms) | (frozenset(ROLES[:2]) if "pairs" in self.needs else frozenset())
+    """Roles that must be in the batch: those that a loss reads, and both sides of a pair or a group."""
+    both = frozenset(ROLES[:2]) if {"pairs", "groups"} & self.needs else frozenset()
+    return frozenset(t.role for t in self.terms) | both
 
   @property
   def scored_roles(self) -> frozenset[str]:
     """Roles whose target log-probabilities some loss reads; a divergence reads distributions instead."""
-    read = {term.role for term in self.terms if not _compares(term)}
-    return frozenset(read | (set(ROLES[:2]) if "pairs" in self.needs else set()))
+    read = {term.role for term in self.terms if not _compares(term) and "no_targets" not in LOSSES[term.loss].needs}
+    both = "pairs" in self.needs or any(LABELS_OF_ALL in term.options for term in self.terms)
+    return frozenset(read | (set(ROLES[:2]) if both else set()))
 
   @property
   def kl_roles(self) -> frozenset[str]:
@@ -151,11 +172,14 @@ class Objective:
   def init_params(self, key: jax.Array, config: ModelConfig) -> dict[str, Any]:
     """Trainable parameters that belong to losses, by their key in the config; {} where there are none."""
     made = ((i, t.key, LOSSES[t.loss].init_params) for i, t in enumerate(self.terms))
-    return {name: init(jax.random.fold_in(key, i), config) for i, name, init in made if init}
+    own = {name: init(jax.random.fold_in(key, i), config) for i, name, init in made if init}
+    return own | {_scale_of(t): jnp.float32(0.0) for t in self.terms if t.scale == "uncertainty"}
 
-  def init_aux(self, config: ModelConfig) -> dict[str, Any]:
+  def init_aux(self, config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
     """Running statistics of losses, by their key in the config; {} where there are none."""
-    return {t.key: LOSSES[t.loss].init_aux(config) for t in self.terms if LOSSES[t.loss].init_aux}
+    made = ((t, LOSSES[t.loss].init_aux) for t in self.terms)
+    own = {t.key: init(config, tokenizer, dict(t.options)) for t, init in made if init}
+    return own | {_scale_of(t): jnp.full((), jnp.nan) for t in self.terms if t.scale == "ema"}
 
 
 def _compares(term: Term) -> bool:
@@ -181,16 +205,16 @@ def parse(losses: Mapping[str, Mapping]) -> tuple[Objective, dict[str, dict[str,
       raise UserError(f"losses.{key}.on = `{role}` is not a role; {did_you_mean(role, ROLES)}")
     values = {"weight": 1.0, **loss.coefficients}
     for setting, value in settings.items():
-      if setting != "on" and setting not in values and setting not in loss.options:
-        known = ["on", *values, *loss.options]
+      if setting not in ("on", "scale") and setting not in values and setting not in loss.options:
+        known = ["on", "scale", *values, *loss.options]
         raise UserError(f"losses.{key} has no coefficient `{setting}`; {did_you_mean(setting, known)}")
       if setting in values and (not isinstance(value, int | float) or isinstance(value, bool)):
         raise UserError(f"losses.{key}.{setting} = {value!r}; it has to be a number.")
-      if setting in loss.options and value not in loss.options[setting]:
-        raise UserError(f"losses.{key}.{setting} = `{value}` is not known; "
-                        f"{did_you_mean(str(value), loss.options[setting])}")
+      choices = SCALES if setting == "scale" else loss.options.get(setting, (ANY,))
+      if value not in choices and ANY not in choices:
+        raise UserError(f"losses.{key}.{setting} = `{value}` is not known; {did_you_mean(str(value), choices)}")
     options = tuple((option, settings.get(option, choices[0])) for option, choices in loss.options.items())
-    terms.append(Term(key, name, role, options))
+    terms.append(Term(key, name, role, options, settings.get("scale", SCALES[0])))
     coefficients[key] = {name: float(settings.get(name, default)) for name, default in values.items()}
   return Objective(tuple(terms)), coefficients
 
@@ -203,15 +227,38 @@ def evaluate(
   aux: Mapping[str, Any] | None = None,
 ) -> LossOutput:
   """sum over terms of weight * mean, every unweighted mean by its key, and the losses' new running statistics."""
-  parts, total, new_aux = {}, jnp.float32(0.0), dict(aux or {})
+  parts, notes, total, aux, new_aux = {}, {}, jnp.float32(0.0), aux or {}, dict(aux or {})
   for term in objective.terms:
     settings = dict(coefficients[term.key])
     weight = settings.pop("weight")
     extra = {"params": params[term.key]} if LOSSES[term.loss].init_params else {}
     extra |= {"aux": aux[term.key]} if LOSSES[term.loss].init_aux else {}
     found = LOSSES[term.loss].function(ctx, term.role, **settings, **dict(term.options), **extra)
+    found = Found(found) if isinstance(found, Metric) else Found(*found)
     if LOSSES[term.loss].init_aux:
-      found, new_aux[term.key] = found
-    parts[term.key] = found
-    total += weight * found.value()
-  return LossOutput(total, parts, new_aux)
+      new_aux[term.key] = found.aux
+    parts[term.key] = found.metric
+    notes |= {f"{term.key}/{name}": note for name, note in found.notes.items()}
+    scaled, new_scale = _scaled(term, found.metric.value(), (params or {}).get(_scale_of(term)), aux)
+    new_aux |= new_scale
+    total += weight * scaled
+  return LossOutput(total, parts, new_aux, notes)
+
+
+def _scale_of(term: Term) -> str:
+  return f"{term.key} scale"
+
+
+def _scaled(term: Term, value: jax.Array, log_size: jax.Array | None, aux: Mapping[str, Any]):
+  """A term's mean L in its `scale`, and the running statistics of that.
+
+  uncertainty: exp(-u) L + u with a trained u, whose optimum is log L (Kendall et al. 2018, for L > 0); ema: L times
+  min(1, EMA_TARGET / m), m the running mean of L (contrastive debiasing's code, where it is commented out).
+  """
+  if term.scale == "uncertainty":
+    return jnp.exp(-log_size) * value + log_size, {}
+  if term.scale == "ema":
+    old, new = aux[_scale_of(term)], jax.lax.stop_gradient(value)
+    mean = jnp.where(jnp.isnan(old), new, EMA_DECAY * old + (1 - EMA_DECAY) * new)
+    return value * jnp.minimum(1.0, EMA_TARGET / jnp.maximum(mean, 1e-9)), {_scale_of(term): mean}
+  return value, {}

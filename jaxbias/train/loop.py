@@ -88,6 +88,10 @@ class Trainer:
     chosen = tuple(self.train.base)
     return trainable.init(jax.random.key(seed), params, self.lora, chosen, objective, self.model.config)
 
+  @property
+  def _read_by_aux(self) -> tuple:
+    return self.model.config, self.model.tokenizer
+
   def abstract(self, objective: Objective) -> dict:
     """The trainable leaves as shapes."""
     return jax.eval_shape(functools.partial(self._trainable, 0, objective=objective), self.model.params)
@@ -102,7 +106,7 @@ class Trainer:
       self.tx, lambda _, sharding: sharding, jax.eval_shape(self.tx.init, abstract), params,
       transform_non_params=lambda _: whole,
     )  # fmt: skip
-    aux = jax.tree.map(lambda _: whole, jax.eval_shape(functools.partial(objective.init_aux, self.model.config)))
+    aux = jax.tree.map(lambda _: whole, jax.eval_shape(functools.partial(objective.init_aux, *self._read_by_aux)))
     return TrainState(whole, params, moments, aux)
 
   def initial_state(self, seed: int, objective: Objective = NOTHING) -> TrainState:
@@ -111,7 +115,7 @@ class Trainer:
     make = functools.partial(self._trainable, objective=objective)
     params = jax.jit(make, static_argnums=0, out_shardings=shardings.params)(seed, self.model.params)
     opt_state = jax.jit(self.tx.init, out_shardings=shardings.opt_state)(params)
-    aux = jax.jit(functools.partial(objective.init_aux, self.model.config), out_shardings=shardings.aux)()
+    aux = jax.jit(functools.partial(objective.init_aux, *self._read_by_aux), out_shardings=shardings.aux)()
     return TrainState(jax.device_put(jnp.int32(0), shardings.step), params, opt_state, aux)
 
   def adapters(self, state: TrainState) -> dict:
@@ -151,6 +155,8 @@ def train(trainer: Trainer, run: Run, on_step: Callable[[dict], None] = lambda r
       "tokens": int((batch.segment > 0).sum()),
     }  # fmt: skip
     clock = now
+    if metrics["notes"]:
+      record["notes"] = {k: float(v) for k, v in metrics["notes"].items()}
     writer.write(step, record)
     on_step({**record, "texts": len(ids)})
 

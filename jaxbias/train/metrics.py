@@ -32,7 +32,8 @@ class MetricsWriter:
 
   def _draw(self, step: int, record: dict) -> None:
     scalars = {k: v for k, v in record.items() if isinstance(v, float)}
-    for name, value in {**scalars, **{f"parts/{k}": v for k, v in record.get("parts", {}).items()}}.items():
+    nested = {f"{group}/{k}": v for group in ("parts", "notes") for k, v in record.get(group, {}).items()}
+    for name, value in {**scalars, **nested}.items():
       self._board.add_scalar(name, value, step)
 
   def close(self) -> None:

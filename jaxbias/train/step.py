@@ -35,7 +35,8 @@ def loss(
   kl_BK = None
   if "ref_distribution" in objective.needs:
     kl_BK = forward_kl(kl_hidden_BKD, head, batch.ref_hidden, ref_head)
-  ctx = LossContext(batch, logprob_BP, kl_BK, kl_hidden_BKD, hidden_BTD, captures, head, ref_head)
+  ctx = LossContext(batch, logprob_BP, kl_BK, kl_hidden_BKD, hidden_BTD, captures, head, ref_head,
+                    module.config.causal)  # fmt: skip
   out = evaluate(objective, ctx, coefficients, state.params.get("losses"), state.aux)
   return out.total, (out, ctx.logprob_BS)
 
@@ -64,4 +65,6 @@ def make_train_step(module: Transformer, objective: Objective, tx: optax.Gradien
 def metrics(out: LossOutput, norm: jax.Array, finite: jax.Array, logprob_BS: jax.Array) -> dict:
   """What the host reads, one step late. `logprob` finds the rows behind a loss that is not finite."""
   parts = {name: part.value() for name, part in out.parts.items()}
-  return {"loss": out.total, "parts": parts, "gradient_norm": norm, "finite": finite, "logprob": logprob_BS}
+  notes = {name: note.value() for name, note in out.notes.items()}
+  return {"loss": out.total, "parts": parts, "notes": notes, "gradient_norm": norm, "finite": finite,
+          "logprob": logprob_BS}  # fmt: skip
