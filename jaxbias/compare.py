@@ -20,17 +20,20 @@ from jaxbias import methods, provenance
 from jaxbias.data import sources
 from jaxbias.data.pipeline import Segment, Shape, packed_batches
 from jaxbias.data.rows import DataSet, Split
+from jaxbias.data.sources import triple_choices
 from jaxbias.errors import UserError
-from jaxbias.evals import tradeoff
-from jaxbias.evals.scoring import Encoded
+from jaxbias.evals import stereoset, tradeoff
+from jaxbias.evals.scoring import Encoded, encode, score
 from jaxbias.files import write_json
 from jaxbias.losses.registry import Objective, parse
 from jaxbias.mesh import batch_shards, make_mesh
+from jaxbias.methods.controllers import Published, Signed
 from jaxbias.models import language_model
 from jaxbias.models.sources import cache_folder
 from jaxbias.progress import Tracker
 from jaxbias.train import reference
 from jaxbias.train.batches import Sampler, Texts, plan_shape, tokenise
+from jaxbias.train.guide import Control
 from jaxbias.train.loop import Run, Trainer, TrainingFailed, train
 from jaxbias.train.metrics import read_jsonl
 
@@ -67,6 +70,27 @@ class Comparison:
   def sampler(self, variant: Variant, seed: int, ref: reference.Reference | None) -> Sampler:
     rows, shards = self.config.train.rows.to_dict(), batch_shards(self.trainer.model.mesh)
     return Sampler(variant.texts[seed], variant.objective, rows, ref, seed, shards)
+
+  def control(self) -> Control | None:
+    """The config's controller, which looks at another split than the one that is reported."""
+    chosen = self.config.control
+    if not chosen.name:
+      return None
+    split = getattr(self.data, chosen.split)
+    rows = encode(triple_choices(split.triples), self.trainer.model.tokenizer, self.trainer.model.config.max_positions)
+
+    def look(adapters: Mapping) -> tuple[dict[str, float], float]:
+      scores = score(self.trainer.model, rows, adapters)
+      sentences = stereoset.sentence_scores(split.triples, scores, self.config.eval.scoring)
+      found = stereoset.reduce(split.triples, sentences, draws=2)
+      by_type = {group: estimates["ss"].value for group, estimates in found.estimates.items() if group != "overall"}
+      return by_type, found.estimates["overall"]["lms"].value
+
+    if chosen.name == "signed":
+      controller = Signed(chosen.every, chosen.hysteresis, chosen.tolerance)
+    else:
+      controller = Published(chosen.script, max_steps=self.config.train.steps)
+    return Control(controller, look, start_lms=look({})[1])
 
   def shapes(self) -> dict[Objective, Shape]:
     """One packed shape an objective: variants that compose the same losses share one compiled step."""
@@ -139,10 +163,12 @@ def run(job: Comparison, command: str) -> dict:
     if not _evaluation(job, "base").exists():
       tracker.phase("evaluate base", _texts_evaluated(job), evaluation_cost)
       _evaluate(job, "base", job.trainer.adapters(job.trainer.initial_state(0)), tracker, {})
+    control = job.control() if todo else None
     for variant, seed in todo:
       name = f"{variant.name}-seed{seed}"
       spec = Run(job.workdir / name, {**job.plain, "variant": variant.name, "seed": seed}, variant.objective,
-                 variant.coefficients, job.sampler(variant, seed, ref), shapes[variant.objective])  # fmt: skip
+                 variant.coefficients, job.sampler(variant, seed, ref), shapes[variant.objective],
+                 control)  # fmt: skip
       spec.folder.mkdir(parents=True, exist_ok=True)
       tracker.phase(f"train {name}", steps, train_cost[variant.objective])
       try:
@@ -165,7 +191,7 @@ def _evaluation(job: Comparison, name: str) -> Path:
 
 
 def _texts_evaluated(job: Comparison) -> int:
-  return sum(len(encoded.ids) for encoded in job.encoded.values())
+  return sum(len(encoded.wanted) for encoded in job.encoded.values())
 
 
 def _note(record: Mapping) -> str:

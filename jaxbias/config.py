@@ -64,6 +64,14 @@ def defaults() -> ConfigDict:
     "base": (),  # parameters of the base that train beside the adapters: "embedding", "layers/mlp/*", "*"
     "remat": False,  # recompute activations in the backward pass: less memory, a third more arithmetic
   }
+  c.control = {  # exchange forget and retain texts of a bias type whose score fell below 50, and stop in time
+    "name": "",  # signed: ours, by type, with hysteresis; published: BiasUnlearn's scripts; empty = none
+    "split": "validation",  # looked at to decide; never the split that is reported
+    "every": 10,  # signed: steps between looks
+    "hysteresis": 1.0,  # signed: points around 50 within which nothing is exchanged
+    "tolerance": 2.0,  # signed: done when every type is this near to 50
+    "script": "train",  # published: train (GPT-2) or train_7b
+  }
   c.seeds = (0,)
   c.variants = {}  # name -> {"method", "label", "losses", "learning_rate_scale"}; see jaxbias.methods.variant
   c.compare = ()  # which variants to run, in the table's order; empty = all, by name
@@ -166,6 +174,12 @@ def validate(config: ConfigDict) -> None:
       raise UserError(f"{key} = {value}; it must be positive.")
   if not 0 <= t.warmup_steps <= t.steps:
     raise UserError(f"train.warmup_steps = {t.warmup_steps} is not between 0 and train.steps = {t.steps}.")
+  _one_of("control.name", config.control.name, ("", "signed", "published"))
+  _one_of("control.script", config.control.script, ("train", "train_7b"))
+  _one_of("control.split", config.control.split, ("train", "validation", "test"))
+  if config.control.name and config.control.split == config.eval.split:
+    raise UserError(f"control.split = eval.split = `{config.eval.split}`; what decides when to stop cannot be "
+                    "reported, so name another split.")
   _one_of("train.schedule", t.schedule, ("constant", "linear", "cosine"))
   _one_of("eval.split", config.eval.split, ("train", "validation", "test"))
   _one_of("eval.scoring", config.eval.scoring, ("sum", "token_mean"))

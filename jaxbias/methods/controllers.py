@@ -1,7 +1,7 @@
 """Phase controllers: pure state machines that look at stereotype scores and say what is trained until the next look.
 
-A controller's state is a `Phase`, plain data that is saved with the checkpoint. Scores are stereotype scores in %, one a
-bias type, of a split that is neither trained on nor reported (the published code looks at a part of its test set).
+A controller's state is a `Phase`, plain data that is saved with the checkpoint. Scores are stereotype scores in %, one
+a bias type, of a split that is neither trained on nor reported (the published code looks at a part of its test set).
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class Controller(Protocol):
 class Signed:
   """Ours: every type is swapped on its own sign, all types are trained all the time.
 
-  A type whose score falls below 50 - hysteresis forgets its anti-stereotypes and retains its stereotypes, until the score
-  is above 50 + hysteresis. Done when every type is within `tolerance` of 50.
+  A type whose score falls below 50 - hysteresis forgets its anti-stereotypes and retains its stereotypes, until the
+  score is above 50 + hysteresis. Done when every type is within `tolerance` of 50.
   """
 
   every: int = 10

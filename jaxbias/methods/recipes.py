@@ -12,11 +12,15 @@ from jaxbias.data.rows import Split, Triple
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """A text in a role. Tokens that end after `prefix` characters are its answer, the part that losses score."""
+  """A text in a role. Tokens that end after `prefix` characters are its answer, the part that losses score.
+
+  `domain`: its bias type, by which a controller may swap roles; "" for text that has none.
+  """
 
   id: str
   text: str
   prefix: int
+  domain: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,11 +37,11 @@ class Recipe:
 
 
 def stereotype_row(triple: Triple) -> Row:
-  return Row(f"{triple.id}/stereotype", triple.stereotype, triple.prefix)
+  return Row(f"{triple.id}/stereotype", triple.stereotype, triple.prefix, triple.domain)
 
 
 def anti_stereotype_row(triple: Triple) -> Row:
-  return Row(f"{triple.id}/anti-stereotype", triple.anti_stereotype, triple.prefix)
+  return Row(f"{triple.id}/anti-stereotype", triple.anti_stereotype, triple.prefix, triple.domain)
 
 
 def general_rows(split: Split) -> tuple[Row, ...]:

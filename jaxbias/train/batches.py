@@ -11,6 +11,7 @@ from jaxbias.data.pipeline import Segment, Shape, draw, pack, place, plan, text_
 from jaxbias.data.tokens import Tokenizer, answer_mask
 from jaxbias.errors import UserError
 from jaxbias.losses.registry import Objective
+from jaxbias.methods.controllers import Phase
 from jaxbias.methods.recipes import Recipe, Row
 from jaxbias.train.reference import Reference, key_of
 from jaxbias.types import ROLES, Batch
@@ -28,6 +29,29 @@ class Texts:
 
   def all_segments(self) -> list[Segment]:
     return [segment for role in self.segments for segment in self.segments[role]]
+
+  def in_phase(self, phase: Phase) -> Texts:
+    """The texts of the phase's bias type (or of all), forget and retain exchanged for the types that are swapped.
+
+    Texts without a type stay as they are. Raises UserError for a role that would have no text left.
+    """
+    both = {role: list(zip(self.rows[role], self.segments[role], strict=True)) for role in self.rows}
+    if not {"forget", "retain"} <= both.keys():
+      raise UserError("a controller exchanges the roles forget and retain; this objective does not read both.")
+    moves = lambda row: row.domain in phase.swapped
+    stays = {role: [pair for pair in members if not moves(pair[0])] for role, members in both.items()}
+    if self.paired:  # a pair keeps its place in both lists
+      exchange = [(r, f) if moves(f[0]) else (f, r) for f, r in zip(both["forget"], both["retain"], strict=True)]
+      both["forget"], both["retain"] = (list(side) for side in zip(*exchange, strict=True))
+    else:
+      moved = {role: [pair for pair in both[role] if moves(pair[0])] for role in ("forget", "retain")}
+      both["forget"], both["retain"] = stays["forget"] + moved["retain"], stays["retain"] + moved["forget"]
+    for role, members in both.items():
+      both[role] = [pair for pair in members if pair[0].domain in ("", phase.only or pair[0].domain)]
+      if not both[role]:
+        raise UserError(f"no text of the type `{phase.only}` can play the role `{role}`; the controller cannot go on.")
+    sides = lambda i: {role: tuple(pair[i] for pair in members) for role, members in both.items()}
+    return Texts(sides(0), sides(1), self.paired)
 
 
 def tokenise(recipe: Recipe, objective: Objective, tokenizer: Tokenizer, max_positions: int) -> Texts:
@@ -67,6 +91,9 @@ class Sampler:
   reference: Reference | None
   seed: int
   shards: int
+
+  def in_phase(self, phase: Phase) -> Sampler:
+    return dataclasses.replace(self, texts=self.texts.in_phase(phase))
 
   def members(self, step: int) -> list[tuple[str, int]]:
     """(role, index of the text) of every segment of a step; the twins of a pair are drawn together."""

@@ -15,6 +15,7 @@ import shutil
 import signal
 import threading
 from pathlib import Path
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
@@ -42,10 +43,10 @@ def _uninterrupted():
 
 
 class Checkpoints:
-  """The checkpoints of one run's folder; the newest two are kept."""
+  """The checkpoints of one run's folder; the newest `keep` stay."""
 
-  def __init__(self, folder: Path):
-    options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
+  def __init__(self, folder: Path, keep: int = 2):
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False)
     self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
 
   @property
@@ -53,11 +54,12 @@ class Checkpoints:
     """The step of the newest checkpoint."""
     return self._manager.latest_step()
 
-  def save(self, state: TrainState, config: dict) -> None:
+  def save(self, state: TrainState, config: dict, **more: Any) -> None:
+    """more: what else a run needs to go on, as plain data."""
     step = int(state.step)
     if step in self._manager.all_steps():
       return
-    about = {"data_position": step, "config": config}
+    about = {"data_position": step, "config": config, **more}
     args = ocp.args.Composite(state=ocp.args.StandardSave(state), about=ocp.args.JsonSave(about))
     needed = 2 * sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + (1 << 20)
     if shutil.disk_usage(self._manager.directory).free < needed:  # said before anything is half written
@@ -85,6 +87,12 @@ class Checkpoints:
     except (ValueError, KeyError):
       raise UserError(f"the checkpoint {self._manager.directory / str(step)} is damaged; delete it, and the same "
                       "command goes on from what is left.") from None  # fmt: skip
+
+  def about(self) -> dict:
+    """What was saved beside the newest state; {} without one."""
+    step = self.newest
+    args = ocp.args.Composite(about=ocp.args.JsonRestore())
+    return {} if step is None else self._manager.restore(step, args=args)["about"]
 
   def close(self) -> None:
     self._manager.close()

@@ -25,6 +25,7 @@ from jaxbias.models.transformer import abstract_variables
 from jaxbias.train import trainable
 from jaxbias.train.batches import Sampler
 from jaxbias.train.checkpoint import Checkpoints
+from jaxbias.train.guide import Control, Guide
 from jaxbias.train.metrics import MetricsWriter
 from jaxbias.train.optim import make_optimizer
 from jaxbias.train.step import make_train_step
@@ -47,6 +48,7 @@ class Run:
   coefficients: Mapping[str, Any]  # {"learning_rate": its peak, "losses": {loss: {coefficient: value}}}
   sampler: Sampler
   shape: Shape
+  control: Control | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +59,8 @@ class Trainer:
   train: Any  # the config's `train` section
   lora: LoraConfig
   tx: optax.GradientTransformation
-  steps: dict[Objective, Callable] = dataclasses.field(default_factory=dict)
+  steps: dict[tuple, Callable] = dataclasses.field(default_factory=dict)
+  optimizers: dict[tuple, optax.GradientTransformation] = dataclasses.field(default_factory=dict)
 
   @classmethod
   def of(cls, model: LanguageModel, config) -> Trainer:
@@ -68,11 +71,19 @@ class Trainer:
     lora_scale(lora, model.config.num_layers)  # refuses layers that it has not
     return cls(model, config.train, lora, make_optimizer(config.train))
 
-  def step_for(self, objective: Objective) -> Callable:
-    if objective not in self.steps:
+  def step_for(self, objective: Objective, tx: optax.GradientTransformation | None = None) -> Callable:
+    """The compiled step; tx: another optimizer than the run's, for a phase with a schedule of its own."""
+    key = (objective, tx)
+    if key not in self.steps:
       module = self.model.module.clone(lora_dropout=self.lora.dropout)
-      self.steps[objective] = make_train_step(module, objective, self.tx)
-    return self.steps[objective]
+      self.steps[key] = make_train_step(module, objective, tx or self.tx)
+    return self.steps[key]
+
+  def optimizer(self, steps: int, warmup_steps: int) -> optax.GradientTransformation:
+    """One object for one schedule, so that phases that share it share a compiled step."""
+    if (steps, warmup_steps) not in self.optimizers:
+      self.optimizers[steps, warmup_steps] = make_optimizer(self.train, steps, warmup_steps)
+    return self.optimizers[steps, warmup_steps]
 
   @property
   def scale(self) -> dict:
@@ -114,9 +125,13 @@ class Trainer:
     shardings = self.state_shardings(objective)
     make = functools.partial(self._trainable, objective=objective)
     params = jax.jit(make, static_argnums=0, out_shardings=shardings.params)(seed, self.model.params)
-    opt_state = jax.jit(self.tx.init, out_shardings=shardings.opt_state)(params)
+    opt_state = self.fresh_moments(params, objective)
     aux = jax.jit(functools.partial(objective.init_aux, *self._read_by_aux), out_shardings=shardings.aux)()
     return TrainState(jax.device_put(jnp.int32(0), shardings.step), params, opt_state, aux)
+
+  def fresh_moments(self, params: Mapping, objective: Objective):
+    """The optimizer's state at the beginning of a schedule."""
+    return jax.jit(self.tx.init, out_shardings=self.state_shardings(objective).opt_state)(params)
 
   def adapters(self, state: TrainState) -> dict:
     """The collections that turn the base into the trained model; those that hold nothing new are left out."""
@@ -128,19 +143,22 @@ def train(trainer: Trainer, run: Run, on_step: Callable[[dict], None] = lambda r
   """Train from the newest checkpoint in the run's folder (or from the start) to the end, and return the state.
 
   The same folder continued gives the same numbers as an uninterrupted run. `on_step` gets every record that goes
-  to metrics.jsonl. Raises TrainingFailed with the step, the loss part and the texts when a loss is not finite.
+  to metrics.jsonl. With a controller the run ends when that says so, and the state is the best that it looked at.
+  Raises TrainingFailed with the step, the loss part and the texts when a loss is not finite.
   """
   checkpoints = Checkpoints(run.folder / "checkpoints")
   fresh = trainer.initial_state(run.sampler.seed, run.objective)
   state = checkpoints.restore(fresh) or fresh
+  guide = Guide.of(trainer, run, fresh, checkpoints.about()) if run.control else None
+  sampler = guide.sampler if guide else run.sampler
   done = int(state.step)
   writer = MetricsWriter(run.folder, after_step=done)
-  step_function = trainer.step_for(run.objective)
   frozen = {"params": trainer.model.params, "lora_scale": trainer.scale}
   sharding = batch_sharding(trainer.model.mesh)
   coefficients = jax.tree.map(np.float32, run.coefficients)
   coefficients["dropout_key"] = jax.random.fold_in(jax.random.key(run.sampler.seed), 1)  # 0 drew the adapters
   coefficients = jax.device_put(coefficients, replicated(trainer.model.mesh))
+  step_function = trainer.step_for(run.objective)
   clock = time.perf_counter()
 
   def report(step: int, metrics, ids: list[str], batch) -> None:
@@ -163,20 +181,28 @@ def train(trainer: Trainer, run: Run, on_step: Callable[[dict], None] = lambda r
   try:
     late = None
     for step in range(done, trainer.train.steps):
-      batch, ids = run.sampler.batch(step, run.shape)
+      if guide:
+        if guide.phase.done:
+          break
+        step_function, coefficients = guide.step_for(coefficients)
+      batch, ids = sampler.batch(step, run.shape)
       with jax.transfer_guard("disallow"):
         state, metrics = step_function(state, frozen, jax.device_put(batch, sharding), coefficients)
       if late:
         report(*late)
       late = (step + 1, metrics, ids, batch)
-      if (step + 1) % trainer.train.checkpoint_every == 0 or step + 1 == trainer.train.steps:
+      last, look = step + 1 == trainer.train.steps, guide and step + 1 == guide.phase.until
+      if (step + 1) % trainer.train.checkpoint_every == 0 or last or look:
         report(*late)
         late = None
-        checkpoints.save(state, run.config)
+        if look or (guide and last):
+          state = guide.look(state)
+          sampler, clock = guide.sampler, time.perf_counter()
+        checkpoints.save(state, run.config, **(guide.about() if guide else {}))
+    return guide.best_state(state) if guide else state
   finally:
     writer.close()
     checkpoints.close()
-  return state
 
 
 def _failure(run: Run, step: int, metrics: dict, ids: list[str], batch, saved: int | None) -> str:

@@ -17,11 +17,13 @@ def schedule(name: str, steps: int, warmup_steps: int) -> optax.Schedule:
   return optax.join_schedules([warmup, after], [warmup_steps])
 
 
-def make_optimizer(train) -> optax.GradientTransformation:
-  """`train` is the config's section. The peak learning rate is applied in the step, as a traced coefficient."""
+def make_optimizer(train, steps: int = 0, warmup_steps: int = 0) -> optax.GradientTransformation:
+  """`train` is the config's section; `steps` and `warmup_steps` replace its own where a phase has its own schedule.
+  The peak learning rate is applied in the step, as a traced coefficient."""
+  steps, warmup_steps = (steps, warmup_steps) if steps else (train.steps, train.warmup_steps)
   return optax.chain(
     optax.clip_by_global_norm(train.clip_norm),
     optax.scale_by_adam(),
     optax.add_decayed_weights(train.weight_decay),
-    optax.scale_by_schedule(schedule(train.schedule, train.steps, train.warmup_steps)),
+    optax.scale_by_schedule(schedule(train.schedule, steps, warmup_steps)),
   )
