@@ -6,6 +6,14 @@ import dataclasses
 
 MASK, OTHER = "[MASK]", "[OTHER]"  # the places of a Cloze; what the tokenizer calls them is the scorer's business
 LABELS = ("stereotype", "anti-stereotype", "unrelated")
+FAMILIES = {  # which generator made a row of a group, by family: negatives are drawn from each in turn
+  "positive": ("original", "back_translation", "framing"),
+  "toxic": ("toxic",),
+  "low_confidence": ("low_confidence",),
+  "entity": ("swap_ent", "mask_ent", "mask_rel", "regen_ent", "regen_rel"),
+  "stereotype": ("stereotype",),
+}
+KINDS = tuple(kind for kinds in FAMILIES.values() for kind in kinds)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +108,29 @@ class Prompt:
   temperature: float = 0.0
   top_p: float = 1.0
   stop: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+  """One text of a group. `entities` are its (start, end) characters that name somebody or something; `kind` is the
+  generator that made it, one of KINDS; `toxicity`, 0 to 1, is what a classifier or lexicon found in it."""
+
+  id: str
+  text: str
+  kind: str
+  entities: tuple[tuple[int, int], ...] = ()
+  toxicity: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+  """The texts made from one source, which each of them follows: positives keep its meaning, the first of them being
+  the original; negatives do not, or are toxic."""
+
+  id: str
+  source: str
+  positives: tuple[Member, ...]
+  negatives: tuple[Member, ...]
 
 
 @dataclasses.dataclass(frozen=True)
