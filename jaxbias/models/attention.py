@@ -14,9 +14,11 @@ import jax.numpy as jnp
 log = logging.getLogger("jaxbias")
 
 
-def implementation(backend: str, dtype: str, head_dim: int, softcap: float | None) -> tuple[str, str]:
+def implementation(
+  backend: str, dtype: str, head_dim: int, lengths: tuple[int, int], softcap: float | None
+) -> tuple[str, str]:
   """("cudnn" | "xla", why). cuDNN's fused attention takes an explicit mask as an additive bias, so packed rows,
-  shared prefixes and windows are safe with it; it knows neither float32 nor capped scores."""
+  shared prefixes and windows are safe with it; it knows neither float32, nor capped scores, nor odd lengths (T, S)."""
   if backend != "gpu":
     return "xla", f"the {backend} backend has no fused attention that takes an explicit mask"
   if softcap is not None:
@@ -25,6 +27,8 @@ def implementation(backend: str, dtype: str, head_dim: int, softcap: float | Non
     return "xla", f"cuDNN's attention does not compute in {dtype}"
   if head_dim % 8 or head_dim > 128:
     return "xla", f"cuDNN's attention wants heads of a multiple of 8 channels up to 128, these have {head_dim}"
+  if any(length % 2 for length in lengths):
+    return "xla", "cuDNN's attention with a mask wants even lengths"
   return "cudnn", "bfloat16 or float16 on a GPU, with the mask as a bias"
 
 
@@ -40,10 +44,21 @@ def attend(
 
   mask: bool [B, 1, T, S]. Every query must see something.
   """
-  chosen, why = implementation(jax.default_backend(), q_BTHC.dtype.name, q_BTHC.shape[-1], softcap)
-  _announce(chosen, why)
-  if softcap is None:
-    return jax.nn.dot_product_attention(q_BTHC, k_BSGC, v_BSGC, mask=mask, scale=scale, implementation=chosen)
+  lengths = (q_BTHC.shape[1], k_BSGC.shape[1])
+  chosen, why = implementation(jax.default_backend(), q_BTHC.dtype.name, q_BTHC.shape[-1], lengths, softcap)
+  fused = lambda how: jax.nn.dot_product_attention(q_BTHC, k_BSGC, v_BSGC, mask=mask, scale=scale, implementation=how)
+  if chosen == "cudnn":
+    try:
+      mixed = fused("cudnn")
+      _announce("cudnn", why)
+      return mixed
+    except (RuntimeError, NotImplementedError, ValueError) as error:  # not installed, too old, or a shape it refuses
+      chosen, why = "xla", f"cuDNN refuses this program ({str(error).splitlines()[0]})"
+  _announce("xla", why)
+  return fused("xla") if softcap is None else _capped(q_BTHC, k_BSGC, v_BSGC, mask, scale, softcap)
+
+
+def _capped(q_BTHC, k_BSGC, v_BSGC, mask, scale: float, softcap: float) -> jax.Array:
   B, T, H, C = q_BTHC.shape
   G = k_BSGC.shape[2]
   q = q_BTHC.reshape(B, T, G, H // G, C)
