@@ -15,7 +15,7 @@ from pathlib import Path
 
 from jaxbias.errors import UserError, did_you_mean
 
-SOURCE_HELP = "a name, a folder, a .gguf file, or hf:org/name[@revision]"
+SOURCE_HELP = "a name, a folder (of a model, a training run or a PEFT adapter), a .gguf file, or hf:org/name[@revision]"
 CONFIG_HELP = "any key can be overridden: --config.train.steps=40 --config.model=PATH --config.seeds='(0,1,2)'"
 
 INTRASENTENCE = "stereoset_intrasentence,stereoset_intrasentence_sum"
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
   except OSError as error:
     if error.errno in CANNOT_WRITE:
       print(f"jaxbias: {error.strerror.lower()} while writing {error.filename or 'to disk'}; what was finished is "
-            "kept, so free some space or choose another --workdir and run the same command.", file=sys.stderr)
+            "kept, so free some space or choose another folder and run the same command.", file=sys.stderr)
       return 2
     raise
   except KeyboardInterrupt:

@@ -57,13 +57,13 @@ def test_what_is_masked_has_neither_value_nor_gradient(softcap):
 
 
 def test_softmax_is_float32_whatever_the_inputs_are():
-  """Scores of 8 and 8.0078 are one number in bfloat16; their weights must differ nevertheless."""
+  """Scores of 8 and 8.0156 are one number in bfloat16; their weights must differ nevertheless."""
   q = jnp.ones((1, 1, 1, 8), jnp.bfloat16)
-  k = jnp.stack([jnp.ones(8), jnp.ones(8).at[0].set(1.0078125)]).reshape(1, 2, 1, 8).astype(jnp.bfloat16)
+  k = jnp.stack([jnp.ones(8), jnp.ones(8).at[0].set(1.015625)]).reshape(1, 2, 1, 8).astype(jnp.bfloat16)
   v = jnp.array([0.0, 1000.0]).reshape(1, 2, 1, 1) * jnp.ones((1, 2, 1, 8))
   for softcap in (None, 50.0):
     found = attend(q, k, v.astype(jnp.bfloat16), jnp.ones((1, 1, 1, 2), bool), 1.0, softcap)
-    assert found.dtype == jnp.bfloat16 and float(found[0, 0, 0, 0]) == 502.0
+    assert found.dtype == jnp.bfloat16 and float(found[0, 0, 0, 0]) == 504.0
 
 
 @pytest.mark.parametrize("asked,chosen,why", [
