@@ -225,7 +225,7 @@ def test_a_disk_that_refuses(compare, monkeypatch, tmp_path, code):
   monkeypatch.setattr(files, "replace", refuse)
   said = compare()
   assert said.startswith(f"{os.strerror(code).lower()} while writing {tmp_path / 'work'}")
-  assert said.endswith("choose another --workdir and run the same command.")
+  assert said.endswith("choose another folder and run the same command.")
 
 
 @contextlib.contextmanager
