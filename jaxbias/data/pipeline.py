@@ -107,21 +107,22 @@ class Place(NamedTuple):
 
 
 def place(
-  segments: Sequence[Segment], length: int, scored: int | None = None, opens: int = 0
+  segments: Sequence[Segment], length: int, scored: int | None = None, opens: int = 0, rows: int = 0
 ) -> tuple[list[Place | None], Shape]:
   """Best-fit decreasing into rows of `length` tokens: where each segment goes, and the sizes that needs.
 
   `scored` caps the scored positions of a row (a segment with more has a row of its own), which keeps rows alike.
-  A segment of fewer than `opens` tokens fills a row but begins none: where there is no room its place is None.
+  A segment of fewer than `opens` tokens fills a row but begins none beyond the first `rows`: where there is no room
+  its place is None.
   """
   scored = scored or sum(len(segment.target) for segment in segments)
-  open_rows: dict[int, list[int]] = {}  # free tokens -> rows
-  used: list[list[int]] = []  # per row: tokens, segments, scored, compared
+  open_rows: dict[int, list[int]] = {length: list(range(rows))}  # free tokens -> rows
+  used: list[list[int]] = [[0, 0, 0, 0] for _ in range(rows)]  # per row: tokens, segments, scored, compared
   places: list[Place | None] = [None] * len(segments)
   for i in sorted(range(len(segments)), key=lambda i: -len(segments[i].tokens)):
     segment = segments[i]
     n, p, k = len(segment.tokens), len(segment.target), len(segment.kl_at)
-    fits = (b for free in range(n, length) for b in open_rows.get(free, ()) if used[b][2] + p <= scored)
+    fits = (b for free in range(n, length + 1) for b in open_rows.get(free, ()) if used[b][2] + p <= scored)
     b = next(fits, None)
     if b is None:
       if n < opens:
@@ -183,8 +184,9 @@ def packed_batches(
     opens = max((n + 1 for n in PASS_CLASSES if n < longest), default=0)
     length = _row_length([segments[i] for i in left], longest, opens, shards, tokens)
     chosen = [segments[i] for i in left]
-    places, need = place(chosen, length, _scored(chosen, length), opens)
+    _, need = place(chosen, length, _scored(chosen, length), opens)
     calls, rows_each = _calls(need.B, length, shards, tokens)
+    places, need = place(chosen, length, _scored(chosen, length), opens, calls * rows_each)
     shape = union([need._replace(B=rows_each)], shards)
     batches: list[tuple[list[int], list[Place], Shape]] = [([], [], shape) for _ in range(calls)]
     for i, at in zip(left, places, strict=True):

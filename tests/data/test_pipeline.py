@@ -159,6 +159,35 @@ def test_longer_segments_are_placed_first_so_that_rows_fill():
   assert used / (shape.B * shape.T) > 0.95
 
 
+def test_short_segments_fill_rows_that_long_ones_begin():
+  ids = iter(range(1, 10**6))
+  of = lambda n: text_segment([next(ids) for _ in range(n + 1)], 1)
+  segments = [of(n) for n in (5, 90, 30, 60, 6, 7)]
+  places, shape = place(segments, 100, opens=60)
+  assert [at and at.b for at in places] == [None, 0, 1, 1, 1, 0]  # 5 tokens fit nowhere and may begin no row
+  assert shape.B == 2
+  assert place(segments, 100, opens=60, rows=3)[0][0].b == 2
+  kept = [i for i, at in enumerate(places) if at]
+  check_packed([segments[i] for i in kept], [places[i] for i in kept], shape)
+
+
+@pytest.mark.parametrize("shards", [1, 8])
+@pytest.mark.parametrize("name,lengths", [
+  ("short", lambda rng: rng.integers(4, 40, 800)),
+  ("middling", lambda rng: rng.integers(60, 190, 800)),
+  ("alike", lambda rng: rng.integers(130, 145, 400)),
+  ("a long tail", lambda rng: np.r_[rng.lognormal(4, 0.7, 800).astype(int).clip(2, 1500), 1600]),
+  ("windows", lambda rng: np.r_[np.full(64, 1024), 100]),
+])  # fmt: skip
+def test_a_pass_takes_few_shapes_and_little_padding(name, lengths, shards):
+  tokens = lengths(np.random.default_rng(0))
+  batches = packed_batches([text_segment(range(n + 1), max(1, n - 9)) for n in tokens], shards)
+  shapes = {shape for *_, shape in batches}
+  padded = 1 - tokens.sum() / sum(shape.B * shape.T for *_, shape in batches)
+  print(f"{name}, {shards} shards: {len(shapes)} shapes, {100 * padded:.1f} % padding")
+  assert len(shapes) <= 4 and padded < 0.1
+
+
 def test_a_union_holds_each_of_its_shapes_in_round_numbers():
   shapes = [Shape(3, 64, 9, 0, 4), Shape(2, 64, 31, 17, 2)]
   assert union(shapes, shards=1) == Shape(3, 64, 32, 24, 4)

@@ -98,6 +98,26 @@ def test_neither_bos_nor_eos(save):
     _ = tokenizer.start_id
 
 
+@pytest.mark.parametrize("special,named,expected", [
+  (["[CLS]", "[SEP]", "[MASK]"], {}, True),  # customary names, as the first encoders' folders have no others
+  (["<s>", "</s>", "<mask>"], {}, True),
+  (["begin", "end", "blank"], {"cls_token": "begin", "sep_token": "end", "mask_token": {"content": "blank"}}, True),
+  (["<s>", "</s>", "<mask>"], {"cls_token": None, "sep_token": None, "mask_token": None}, False),
+  ([], {}, False),
+])  # fmt: skip
+def test_an_encoders_special_tokens(tmp_path, save, special, named, expected):
+  backend = save().backend
+  backend.add_special_tokens(special)
+  backend.save(str(tmp_path / "tokenizer.json"))
+  (tmp_path / "tokenizer_config.json").write_text(json.dumps(named))
+  found = load_tokenizer(tmp_path)
+  if expected:
+    assert [found.special(name) for name in ("cls", "sep", "mask")] == [len(TOKENS) + i for i in range(3)]
+  else:
+    with pytest.raises(UserError, match="names no mask token, which a masked language model needs; add `mask_token`"):
+      found.special("mask")
+
+
 def test_vocabulary_and_fingerprint(save):
   tokenizer = save()
   assert tokenizer.vocab_size == len(TOKENS) and len(tokenizer.fingerprint) == 64

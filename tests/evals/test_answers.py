@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -541,41 +542,80 @@ def test_choices_and_prompts_in_one_list(load):
   assert len(found.by_id["context"]) == 3 and isinstance(found.by_id["p"][0], str)
 
 
-# The same on every mesh
+# The same on every mesh and from every process
 
 
-def worker(folder: Path) -> None:
+TEXTS = [Text("a", "the cat"), Text("b", "she is a nurse")]
+
+
+def told(model) -> list:
+  """Ids in order, scores and vectors."""
+  scores, vectors = answer(model, CHOICES).by_id, answer(model, TEXTS, task.EMBEDDINGS).by_id
+  return [list(scores), [s for pairs in scores.values() for s, _ in pairs], [v.tolist() for v in vectors.values()]]
+
+
+def assert_told(found: list, expected: list):
+  assert found[0] == expected[0]
+  assert_allclose(found[1], expected[1], rtol=0, atol=NATS)
+  assert_allclose(found[2], expected[2], rtol=0, atol=1e-5)
+
+
+def on_meshes(folder: Path) -> None:
   from jax.sharding import AxisType
 
   from jaxbias.mesh import AXES, make_mesh
 
   assert jax.device_count() == 8
-  out = {}
+  one = jax.make_mesh((1, 1, 1), AXES, (AxisType.Auto,) * 3, devices=jax.devices()[:1])
+  meshes = [one, make_mesh({"data": 8}), make_mesh({"data": 2, "fsdp": 2, "tensor": 2})]
   for name in ("gpt2", "bert"):
-    for sizes in (None, {"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}):
-      one = jax.make_mesh((1, 1, 1), AXES, (AxisType.Auto,) * 3, devices=jax.devices()[:1])
-      model = language_model.load(str(folder / name), "float32", make_mesh(sizes) if sizes else one)
-      scores = answer(model, CHOICES).by_id
-      vectors = answer(model, [Text("a", "the cat"), Text("b", "she is a nurse")], task.EMBEDDINGS).by_id
-      out.setdefault(name, []).append([[s for pairs in scores.values() for s, _ in pairs],
-                                       [vector.tolist() for vector in vectors.values()], list(scores)])
-  (folder / "answers.json").write_text(json.dumps(out))
+    found = [told(language_model.load(str(folder / name), "float32", mesh)) for mesh in meshes]
+    (folder / f"{name}.json").write_text(json.dumps(found))
+
+
+def in_processes(folder: Path, port: str, number: str) -> None:
+  jax.distributed.initialize(f"127.0.0.1:{port}", 2, int(number))
+  assert jax.process_count() == 2 and jax.device_count() == 4
+  (folder / f"process {number}.json").write_text(json.dumps(told(language_model.load(str(folder / "gpt2"), "float32"))))
+
+
+def start(folder: Path, devices: int, *arguments: str) -> subprocess.Popen:
+  flags = f"--xla_force_host_platform_device_count={devices}"
+  environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+                 "JAXBIAS_CACHE": str(folder / "cache")}
+  return subprocess.Popen([sys.executable, "-m", "tests.evals.test_answers", str(folder), *arguments], text=True,
+                          env=environment, cwd=Path(__file__).parents[2], stderr=subprocess.PIPE)
+
+
+def finish(process: subprocess.Popen) -> None:
+  try:
+    _, errors = process.communicate(timeout=600)
+  finally:
+    process.kill()
+  assert process.returncode == 0, errors[-3000:]
 
 
 def test_eight_devices_answer_as_one(tmp_path):
   for name in ("gpt2", "bert"):
     write_model(name, tmp_path / name)
-  environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-                 "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAXBIAS_CACHE": str(tmp_path / "cache")}
-  done = subprocess.run([sys.executable, "-m", "tests.evals.test_answers", str(tmp_path)], env=environment,
-                        cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=600)
-  assert done.returncode == 0, done.stderr[-3000:]
-  for name, ((scores, vectors, order), *others) in json.loads((tmp_path / "answers.json").read_text()).items():
-    for other in others:
-      assert other[2] == order
-      assert_allclose(other[0], scores, atol=NATS, err_msg=name)
-      assert_allclose(other[1], vectors, atol=1e-5, err_msg=name)
+  finish(start(tmp_path, 8))
+  for name in ("gpt2", "bert"):
+    expected, *others = json.loads((tmp_path / f"{name}.json").read_text())
+    for found in others:
+      assert_told(found, expected)
+
+
+def test_two_processes_answer_as_one(load, tmp_path):
+  write_model("gpt2", tmp_path / "gpt2")
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = str(free.getsockname()[1])
+  for process in [start(tmp_path, 2, port, number) for number in "01"]:
+    finish(process)
+  for number in "01":
+    assert_told(json.loads((tmp_path / f"process {number}.json").read_text()), told(load("gpt2")))
 
 
 if __name__ == "__main__":
-  worker(Path(sys.argv[1]))
+  folder, *process = sys.argv[1:]
+  in_processes(Path(folder), *process) if process else on_meshes(Path(folder))

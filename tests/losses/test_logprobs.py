@@ -15,7 +15,7 @@ from flax import linen as nn
 from numpy.testing import assert_allclose, assert_array_equal
 
 from jaxbias.losses import logprobs
-from jaxbias.losses.logprobs import forward_kl, gather_positions, token_logprobs
+from jaxbias.losses.logprobs import forward_kl, gather_positions, token_logprobs, token_statistics
 from jaxbias.losses.registry import parse
 from jaxbias.models.lora import LoraConfig, init_lora
 from jaxbias.models.transformer import Head, Transformer, abstract_variables
@@ -120,6 +120,33 @@ def test_a_head_with_a_bias_or_a_cap_differentiates_as_written_out(function, bia
   total = lambda f: jax.jit(jax.value_and_grad(lambda h, w: (x["g"] * f(h, w)).sum(), argnums=(0, 1)))
   ours, theirs = (total(f)(x["hidden"], head) for f in (lambda h, w: function(h, w, *rest), written_out))
   jax.tree.map(lambda a, b: assert_allclose(a, b, rtol=1e-4, atol=2e-5), ours, theirs)
+
+
+@pytest.mark.parametrize("chunk", [1, 6, 1000])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_statistics_of_a_token_are_those_of_log_softmax(monkeypatch, chunk, softcap):
+  monkeypatch.setattr(logprobs, "CHUNK", chunk)
+  x = arrays()
+  scores = (x["hidden"] @ x["head"].T).astype(np.float64)
+  scores = scores if softcap is None else softcap * np.tanh(scores / softcap)
+  x["target"][0] = scores[0].argmax(-1)
+  log_p = log_softmax(scores)
+  p, mean = np.exp(log_p), (np.exp(log_p) * log_p).sum(-1)
+  logprob, greedy, found_mean, std = token_statistics(x["hidden"], Head(x["head"], softcap=softcap), x["target"])
+  assert_allclose(logprob, np.take_along_axis(log_p, x["target"][..., None], -1)[..., 0], atol=1e-5)
+  assert_array_equal(greedy, log_p.argmax(-1) == x["target"])
+  assert greedy[0].all() and not greedy.all()
+  assert_allclose(found_mean, mean, atol=1e-5)
+  assert_allclose(std, np.sqrt((p * log_p**2).sum(-1) - mean**2), atol=1e-5)
+
+
+def test_statistics_of_a_certain_and_of_a_uniform_distribution():
+  hidden, head = np.full((1, 2, 1), [[1e4], [0.0]], np.float32), np.array([[1.0], [-1.0], [-1.0]], np.float32)
+  logprob, greedy, mean, std = token_statistics(hidden, Head(head), np.zeros((1, 2), np.int32))
+  assert_allclose(logprob, [[0.0, -np.log(3)]], atol=1e-6)
+  assert_allclose(mean, [[0.0, -np.log(3)]], atol=1e-6)
+  assert_allclose(std, 0.0, atol=1e-6)
+  assert greedy.all(), "of equals the first"
 
 
 def test_no_gradient_flows_to_the_reference():
