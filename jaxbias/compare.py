@@ -101,7 +101,9 @@ class Comparison:
 
   def reference_segments(self) -> list[Segment]:
     """The distinct texts about which some loss asks the start model."""
-    asking = [v for v in self.variants if v.objective.needs & {"ref_logprob", "ref_distribution"}]
+    if self.config.train.reference == "step":
+      return []
+    asking = [v for v in self.variants if v.objective.needs & {"ref_logprob", "ref_hidden"}]
     segments = (s for variant in asking for texts in variant.texts.values() for s in texts.all_segments())
     return list({reference.key_of(segment): segment for segment in segments}.values())
 

@@ -62,6 +62,7 @@ def defaults() -> ConfigDict:
     "clip_norm": 1.0,
     "checkpoint_every": 10,
     "base": (),  # parameters of the base that train beside the adapters: "embedding", "layers/mlp/*", "*"
+    "reference": "cache",  # what the start model says: computed once and kept on disk, or anew in every "step"
     "remat": False,  # recompute activations in the backward pass: less memory, a third more arithmetic
   }
   c.control = {  # exchange forget and retain texts of a bias type whose score fell below 50, and stop in time
@@ -181,6 +182,7 @@ def validate(config: ConfigDict) -> None:
     raise UserError(f"control.split = eval.split = `{config.eval.split}`; what decides when to stop cannot be "
                     "reported, so name another split.")
   _one_of("train.schedule", t.schedule, ("constant", "linear", "cosine"))
+  _one_of("train.reference", t.reference, ("cache", "step"))
   _one_of("eval.split", config.eval.split, ("train", "validation", "test"))
   _one_of("eval.scoring", config.eval.scoring, ("sum", "token_mean"))
   _one_of("dtype", config.dtype, ("auto", "float32", "bfloat16"))

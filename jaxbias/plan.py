@@ -200,7 +200,7 @@ def abstract_batch(config, objective: Objective, batch: int, length: int, model:
   if "ref_logprob" in objective.needs:
     arrays["ref_logprob"] = make(P, dtype=jnp.float32)
   if K:
-    arrays |= {"kl_at": make(K), "kl_segment": make(K)}
+    arrays |= {"kl_at": make(K), "kl_segment": make(K), "kl_target": make(K)}
     arrays["ref_hidden"] = make(K, model.config.table_size, dtype=jnp.float32)
   return Batch(**arrays)
 

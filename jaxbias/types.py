@@ -16,7 +16,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-ROLES = ("forget", "retain", "general")  # a segment's role is its index here; -1 is padding
+# A segment's role is its index here; -1 is padding. `mismatched`: the prefix of one text, the answer of another.
+ROLES = ("forget", "retain", "general", "mismatched")
 
 
 @flax.struct.dataclass
@@ -49,6 +50,7 @@ class Batch:
   ref_logprob: jax.Array | None = None  # float32 [B, P], nats
   kl_at: jax.Array | None = None  # int32 [B, K]
   kl_segment: jax.Array | None = None  # int32 [B, K]
+  kl_target: jax.Array | None = None  # int32 [B, K], the text's own next token there
   ref_hidden: jax.Array | None = None  # float32 [B, K, D]
 
 
@@ -64,7 +66,8 @@ class Metric:
   def over(cls, values: jax.Array, mask: jax.Array) -> Metric:
     """The mean of `values` where `mask` is true; masked values are never read, not even their NaNs."""
     mask = jnp.broadcast_to(mask, values.shape)
-    return cls(jnp.where(mask, values, 0.0).sum(dtype=jnp.float32), mask.sum(dtype=jnp.float32))
+    kept = jnp.where(mask, values, 0.0)
+    return cls(kept.sum(dtype=jnp.promote_types(kept.dtype, jnp.float32)), mask.sum(dtype=jnp.float32))
 
   def value(self) -> jax.Array:
     """sum / weight, and 0 where nothing was counted."""

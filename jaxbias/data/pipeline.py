@@ -35,6 +35,7 @@ class Segment:
   score_at: np.ndarray
   target: np.ndarray
   kl_at: np.ndarray
+  kl_target: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int32))
 
 
 def text_segment(ids: Sequence[int], start: int, score: bool = True, kl: bool = False) -> Segment:
@@ -45,7 +46,7 @@ def text_segment(ids: Sequence[int], start: int, score: bool = True, kl: bool = 
   inputs = ids[:-1]
   return Segment(
     inputs, np.arange(len(inputs)), np.zeros_like(inputs),
-    at if score else none, ids[at + 1] if score else none, at if kl else none,
+    at if score else none, ids[at + 1] if score else none, at if kl else none, ids[at + 1] if kl else none,
   )  # fmt: skip
 
 
@@ -160,7 +161,7 @@ def pack(segments: Sequence[Segment], places: Sequence[Place], shape: Shape) -> 
   zeros = lambda n: np.zeros((B, n), np.int32)
   out = {name: zeros(T) for name in ("tokens", "segment", "position", "branch")}
   out |= {name: zeros(P) for name in ("score_at", "target", "score_segment")}
-  out |= {name: zeros(K) for name in ("kl_at", "kl_segment")}
+  out |= {name: zeros(K) for name in ("kl_at", "kl_segment", "kl_target")}
   for segment, (b, t, s, p, k) in zip(segments, places, strict=True):
     span = np.s_[b, t : t + len(segment.tokens)]
     out["tokens"][span], out["segment"][span] = segment.tokens, s + 1
@@ -169,7 +170,8 @@ def pack(segments: Sequence[Segment], places: Sequence[Place], shape: Shape) -> 
     out["score_at"][span], out["target"][span] = segment.score_at + t, segment.target
     out["score_segment"][span] = s + 1
     span = np.s_[b, k : k + len(segment.kl_at)]
-    out["kl_at"][span], out["kl_segment"][span] = segment.kl_at + t, s + 1
+    out["kl_at"][span], out["kl_target"][span] = segment.kl_at + t, segment.kl_target
+    out["kl_segment"][span] = s + 1
   return out
 
 

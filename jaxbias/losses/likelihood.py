@@ -2,31 +2,43 @@
 
 from __future__ import annotations
 
-from jaxbias.losses.registry import LossContext, register_loss
+import jax
+
+from jaxbias.losses.context import REDUCTIONS, LossContext
+from jaxbias.losses.logprobs import cross_entropy, forward_kl, reverse_kl
+from jaxbias.losses.registry import register_loss
 from jaxbias.types import Metric
 
 
-@register_loss("sft", on="retain")
-def sft(ctx: LossContext, on: str) -> Metric:
-  """Cross-entropy of the answer tokens, nats a token: mean over a text's tokens first, then over texts.
+@register_loss("sft", on="retain", options={"reduction": REDUCTIONS})
+def sft(ctx: LossContext, on: str, reduction: str = "seq_mean") -> Metric:
+  """Cross-entropy of the answer, -log pi(a_t), nats.
 
-  Every text has the same say whatever its length (Liu et al. 2025, retention term; their code does the same).
+  By default a mean over a text's tokens first, then over texts, so that every text has the same say whatever its
+  length (Liu et al. 2025, retention term; their code does the same). `seq_sum` is the negative log-likelihood.
   """
-  return Metric.over(-ctx.logprob_BS / ctx.tokens_BS, ctx.rows(on))
+  return ctx.over_tokens(-ctx.logprob_BP, on, reduction)
 
 
-@register_loss("ga", on="forget")
-def ga(ctx: LossContext, on: str) -> Metric:
-  """Gradient ascent: minus the cross-entropy of the answer tokens. Unbounded below, hence the forgetting."""
-  return Metric.over(ctx.logprob_BS / ctx.tokens_BS, ctx.rows(on))
+@register_loss("ga", on="forget", options={"reduction": REDUCTIONS})
+def ga(ctx: LossContext, on: str, reduction: str = "seq_mean") -> Metric:
+  """Gradient ascent: minus the cross-entropy of the answer. Unbounded below, hence the forgetting."""
+  return ctx.over_tokens(ctx.logprob_BP, on, reduction)
 
 
-@register_loss("kl", on="general", needs=("ref_distribution",))
-def kl(ctx: LossContext, on: str) -> Metric:
-  """KL(reference || policy) over the whole vocabulary, mean over real tokens, nats.
+DIVERGENCES = {"forward": forward_kl, "reverse": reverse_kl, "cross_entropy": cross_entropy}
 
-  Zero at the start model. The published anchor term is the cross-entropy instead (this plus a constant) averaged
-  over padding too (Liu et al. 2025, discrepancy 2 of the notes in docs/losses.md).
+
+@register_loss("kl", on="general", needs=("ref_hidden",), coefficients={"padded_length": 100.0},
+               options={"divergence": tuple(DIVERGENCES), "over": ("tokens", "padded")})  # fmt: skip
+def kl(
+  ctx: LossContext, on: str, padded_length: jax.Array | float, divergence: str = "forward", over: str = "tokens"
+) -> Metric:
+  """KL(reference || policy) over the whole vocabulary, mean over real tokens, nats; `reverse`: KL(policy || reference).
+
+  Zero at the start model. The published anchor (Liu et al. 2025) is `cross_entropy` (the forward divergence plus a
+  constant), divided by `padded` texts of `padded_length` tokens; what it also sums over the padding itself is not here.
   """
-  del on  # the batch holds distributions at this role's positions only
-  return Metric.over(ctx.kl_BK, ctx.batch.kl_segment > 0)
+  each_BK = DIVERGENCES[divergence](ctx.kl_hidden_BKD, ctx.head, ctx.batch.ref_hidden, ctx.ref_head)
+  mean = Metric.over(each_BK, ctx.within(on, ctx.batch.kl_segment))
+  return mean if over == "tokens" else Metric(mean.sum, padded_length * ctx.rows(on).sum())

@@ -8,6 +8,7 @@ cut the batch axis, which may be sharded.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -23,34 +24,48 @@ def gather_positions(x_BTD: jax.Array, at_BP: jax.Array) -> jax.Array:
   return jnp.take_along_axis(x_BTD, at_BP[..., None], axis=1)
 
 
-@jax.custom_vjp
+# A rule is one function of a position's logits, written next to its derivative:
+#   rule(logits [..., V], at, fixed) -> (value [...], d value / d logits [..., V])
+# `at` are arrays that belong to the positions and are cut with them; `fixed` is the same for all. Both are constants.
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _by_rule(rule: Callable, hidden_BPD: jax.Array, head: Head, at: tuple, fixed: tuple) -> jax.Array:
+  """The rule's value at every position, float32 [B, P]."""
+  return _over_positions(lambda h, *at: rule(_logits(h, head), at, fixed)[0], head.shards, hidden_BPD, *at)
+
+
+def _by_rule_forward(rule, hidden, head, at, fixed):
+  def chunk(h, *at):
+    logits = _logits(h, head)
+    value, slope = rule(logits, at, fixed)
+    return value, _to_hidden(_to_products(slope, logits, head), head, h)
+
+  value, slope_BPD = _over_positions(chunk, head.shards, hidden, *at)
+  return value, (hidden, head, at, fixed, slope_BPD)
+
+
+def _by_rule_backward(rule, kept, g_BP):
+  hidden, head, at, fixed, slope_BPD = kept
+
+  def chunk(h, g, *at):
+    logits = _logits(h, head)
+    return _to_products(rule(logits, at, fixed)[1] * g[..., None], logits, head)
+
+  to_head = _to_head(chunk, head, hidden, g_BP, *at)  # dead code, and gone, where the head is frozen
+  return (g_BP[..., None] * slope_BPD).astype(hidden.dtype), to_head, None, None
+
+
+_by_rule.defvjp(_by_rule_forward, _by_rule_backward)
+
+
 def token_logprobs(hidden_BPD: jax.Array, head: Head, target_BP: jax.Array) -> jax.Array:
   """log softmax(logits)[target], float32 nats, [B, P]."""
-  return _over_positions(lambda h, y: _chosen(_logits(h, head), y), head.shards, hidden_BPD, target_BP)
 
+  def rule(logits, at, fixed):
+    return _chosen(logits, *at), _one_hot(*at, logits) - jax.nn.softmax(logits)
 
-def _token_logprobs_forward(hidden, head, target):
-  def chunk(h, y):
-    logits = _logits(h, head)
-    slope = _one_hot_minus(jax.nn.softmax(logits), y)
-    return _chosen(logits, y), _to_hidden(_to_products(slope, logits, head), head, h)
-
-  value, slope_BPD = _over_positions(chunk, head.shards, hidden, target)
-  return value, (hidden, head, target, slope_BPD)
-
-
-def _token_logprobs_backward(kept, g_BP):
-  hidden, head, target, slope_BPD = kept
-
-  def chunk(h, y, g):
-    logits = _logits(h, head)
-    return _to_products(_one_hot_minus(jax.nn.softmax(logits), y) * g[..., None], logits, head)
-
-  to_head = _to_head(chunk, head, hidden, target, g_BP)  # dead code, and gone, where the head is frozen
-  return (g_BP[..., None] * slope_BPD).astype(hidden.dtype), to_head, None
-
-
-token_logprobs.defvjp(_token_logprobs_forward, _token_logprobs_backward)
+  return _by_rule(rule, hidden_BPD, head, (target_BP,), ())
 
 
 def token_statistics(hidden_BPD: jax.Array, head: Head, target_BP: jax.Array) -> tuple[jax.Array, ...]:
@@ -69,39 +84,70 @@ def token_statistics(hidden_BPD: jax.Array, head: Head, target_BP: jax.Array) ->
   return _over_positions(chunk, head.shards, hidden_BPD, target_BP)
 
 
-@jax.custom_vjp
+# Divergences from a reference that enters as its last hidden states: D numbers a position give its distribution
+# exactly, at the price of one product with the head and without a second trunk. p is the reference's distribution,
+# q the policy's.
+
+
 def forward_kl(hidden_BKD: jax.Array, head: Head, ref_hidden_BKD: jax.Array, ref_head: Head) -> jax.Array:
-  """KL(reference || policy) over the whole vocabulary, float32 nats, [B, K].
+  """KL(p || q) = sum_v p (log p - log q) over the whole vocabulary, float32 nats, [B, K]."""
 
-  The reference enters as its last hidden states: D numbers a position give its distribution exactly, at the
-  price of one product with the head and without a second trunk. No gradient flows to the reference.
-  """
-  divergence = lambda h, r: _kl(_logits(h, head), _logits(r, ref_head))
-  return _over_positions(divergence, head.shards, hidden_BKD, ref_hidden_BKD)
+  def rule(logits, at, fixed):
+    log_p, log_q = jax.nn.log_softmax(_logits(*at, *fixed)), jax.nn.log_softmax(logits)
+    return _kl(log_p, log_q), jnp.exp(log_q) - jnp.exp(log_p)
 
-
-def _forward_kl_forward(hidden, head, ref_hidden, ref_head):
-  def chunk(h, r):
-    logits, ref_logits = _logits(h, head), _logits(r, ref_head)
-    slope = jax.nn.softmax(logits) - jax.nn.softmax(ref_logits)
-    return _kl(logits, ref_logits), _to_hidden(_to_products(slope, logits, head), head, h)
-
-  value, slope_BKD = _over_positions(chunk, head.shards, hidden, ref_hidden)
-  return value, (hidden, head, ref_hidden, ref_head, slope_BKD)
+  return _by_rule(rule, hidden_BKD, head, (ref_hidden_BKD,), (ref_head,))
 
 
-def _forward_kl_backward(kept, g_BK):
-  hidden, head, ref_hidden, ref_head, slope_BKD = kept
+def reverse_kl(hidden_BKD: jax.Array, head: Head, ref_hidden_BKD: jax.Array, ref_head: Head) -> jax.Array:
+  """KL(q || p) = sum_v q (log q - log p) over the whole vocabulary, float32 nats, [B, K]."""
 
-  def chunk(h, r, g):
-    logits = _logits(h, head)
-    return _to_products((jax.nn.softmax(logits) - jax.nn.softmax(_logits(r, ref_head))) * g[..., None], logits, head)
+  def rule(logits, at, fixed):
+    log_p, log_q = jax.nn.log_softmax(_logits(*at, *fixed)), jax.nn.log_softmax(logits)
+    value = _kl(log_q, log_p)
+    return value, jnp.exp(log_q) * (log_q - log_p - value[..., None])
 
-  to_head = _to_head(chunk, head, hidden, ref_hidden, g_BK)
-  return (g_BK[..., None] * slope_BKD).astype(hidden.dtype), to_head, None, None
+  return _by_rule(rule, hidden_BKD, head, (ref_hidden_BKD,), (ref_head,))
 
 
-forward_kl.defvjp(_forward_kl_forward, _forward_kl_backward)
+def cross_entropy(hidden_BKD: jax.Array, head: Head, ref_hidden_BKD: jax.Array, ref_head: Head) -> jax.Array:
+  """-sum_v p log q = KL(p || q) + entropy(p), float32 nats, [B, K]."""
+
+  def rule(logits, at, fixed):
+    p, log_q = jax.nn.softmax(_logits(*at, *fixed)), jax.nn.log_softmax(logits)
+    return -(p * log_q).sum(-1), jnp.exp(log_q) - p
+
+  return _by_rule(rule, hidden_BKD, head, (ref_hidden_BKD,), (ref_head,))
+
+
+def adjusted_kl(
+  hidden_BKD: jax.Array, head: Head, ref_hidden_BKD: jax.Array, ref_head: Head, target_BK: jax.Array, less: jax.Array
+) -> jax.Array:
+  """KL(p' || q) where p' is the reference with the target's logit lowered by `less`, float32 nats, [B, K]."""
+
+  def rule(logits, at, fixed):
+    (ref_hidden, target), (ref_head, less) = at, fixed
+    ref_logits = _logits(ref_hidden, ref_head)
+    log_p, log_q = jax.nn.log_softmax(ref_logits - less * _one_hot(target, logits)), jax.nn.log_softmax(logits)
+    return _kl(log_p, log_q), jnp.exp(log_q) - jnp.exp(log_p)
+
+  return _by_rule(rule, hidden_BKD, head, (ref_hidden_BKD, target_BK), (ref_head, less))
+
+
+def js_divergence(hidden_BPD: jax.Array, other_BPD: jax.Array, head: Head) -> jax.Array:
+  """(KL(p || m) + KL(q || m)) / 2, m = (p + q) / 2, of two states of one model; float32 nats, [B, P], at most log 2."""
+
+  def rule(logits, at, fixed):
+    log_p, log_q = jax.nn.log_softmax(_logits(*at, *fixed)), jax.nn.log_softmax(logits)
+    log_m = jnp.logaddexp(log_p, log_q) - jnp.log(2.0)
+    towards = 0.5 * jnp.exp(log_q) * (log_q - log_m)
+    value = 0.5 * (_kl(log_p, log_m) + _kl(log_q, log_m))
+    return value, towards - jnp.exp(log_q) * towards.sum(-1, keepdims=True)
+
+  stop = jax.lax.stop_gradient
+  one = _by_rule(rule, hidden_BPD, head, (stop(other_BPD),), (stop(head),))
+  other = _by_rule(rule, other_BPD, head, (stop(hidden_BPD),), (stop(head),))
+  return one + other - stop(other)  # the value of either, and the gradient to both
 
 
 def logits(hidden: jax.Array, head: Head) -> jax.Array:
@@ -110,18 +156,17 @@ def logits(hidden: jax.Array, head: Head) -> jax.Array:
 
 
 def _logits(hidden: jax.Array, head: Head) -> jax.Array:
-  products = jnp.einsum(
-    "...d,vd->...v", hidden, head.matrix.astype(hidden.dtype),
-    precision=_precision(hidden.dtype), preferred_element_type=jnp.float32,
-  )  # fmt: skip
+  products = _product("...d,vd->...v", hidden, head.matrix)
   if head.bias is not None:
-    products += head.bias.astype(jnp.float32)
+    products += head.bias.astype(products.dtype)
   return products if head.softcap is None else head.softcap * jnp.tanh(products / head.softcap)
 
 
-def _precision(dtype) -> jax.lax.Precision | None:
-  """Float32 is multiplied as float32 on accelerators, too."""
-  return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+def _product(how: str, x: jax.Array, matrix: jax.Array) -> jax.Array:
+  """In the type of x, summed in float32 at least. Float32 is multiplied as float32 on accelerators, too."""
+  precision = None if x.dtype.itemsize < 4 else jax.lax.Precision.HIGHEST
+  wide = jnp.promote_types(x.dtype, jnp.float32)
+  return jnp.einsum(how, x, matrix.astype(x.dtype), precision=precision, preferred_element_type=wide)
 
 
 def _to_products(slope_V: jax.Array, logits_V: jax.Array, head: Head) -> jax.Array:
@@ -131,21 +176,18 @@ def _to_products(slope_V: jax.Array, logits_V: jax.Array, head: Head) -> jax.Arr
 
 def _to_hidden(slope_V: jax.Array, head: Head, hidden: jax.Array) -> jax.Array:
   """A derivative with respect to products, carried back to the hidden state."""
-  dtype = hidden.dtype
-  return jnp.einsum("...v,vd->...d", slope_V.astype(dtype), head.matrix.astype(dtype),
-                    precision=_precision(dtype), preferred_element_type=jnp.float32)  # fmt: skip
+  return _product("...v,vd->...d", slope_V.astype(hidden.dtype), head.matrix)
 
 
 def _chosen(logits: jax.Array, target: jax.Array) -> jax.Array:
   return jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0] - jax.nn.logsumexp(logits, axis=-1)
 
 
-def _one_hot_minus(probability: jax.Array, target: jax.Array) -> jax.Array:
-  return jnp.where(jnp.arange(probability.shape[-1]) == target[..., None], 1.0, 0.0) - probability
+def _one_hot(target: jax.Array, like: jax.Array) -> jax.Array:
+  return jnp.where(jnp.arange(like.shape[-1]) == target[..., None], 1.0, 0.0)
 
 
-def _kl(logits: jax.Array, ref_logits: jax.Array) -> jax.Array:
-  log_p, log_q = jax.nn.log_softmax(ref_logits), jax.nn.log_softmax(logits)
+def _kl(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
   return (jnp.exp(log_p) * (log_p - log_q)).sum(-1)
 
 

@@ -15,18 +15,18 @@ import jax.numpy as jnp
 
 from jaxbias.data.tokens import Tokenizer
 from jaxbias.errors import UserError, did_you_mean
+from jaxbias.losses.context import LossContext
 from jaxbias.models.config import ModelConfig
-from jaxbias.models.transformer import Head
-from jaxbias.types import ROLES, Batch, LossOutput, Metric
+from jaxbias.types import ROLES, LossOutput, Metric
 
 NEEDS = (
   "ref_logprob",  # batch.ref_logprob: log-probabilities of the targets under the start model
-  "ref_distribution",  # ctx.kl_BK: KL(reference || policy) at the positions `batch.kl_at`
-  "ref_hidden",  # batch.ref_hidden and ctx.kl_hidden_BKD: what both heads read at these positions
+  "ref_hidden",  # batch.ref_hidden and ctx.kl_hidden_BKD: what both heads read at the positions `batch.kl_at`
   "pairs",  # batch.pair: each row has a twin of the other role
   "hidden",  # ctx.hidden_BTD: what the head reads, at every position
   "stack_out",  # ctx.captures["stack_out"] [B, T, D]: behind the last block, before the final norm or the MLM transform
   "residual_out",  # ctx.captures["residual_out"] [L, B, T, D]: behind every block
+  "base_residual_out",  # ctx.base_captures["residual_out"]: the same of the start model, run in the same step
   "no_targets",  # it reads no log-probabilities: nothing of its role has to be scored for it
   "groups",  # batch.group, batch.polarity, batch.entity: positives and negatives of one source
 )
@@ -49,6 +49,7 @@ class Loss:
   """`options` are static choices, {name: what it may be, the default first}, or {name: (default, ANY)} where any string
   will do; `coefficients` are traced numbers.
 
+  `reads`: roles that it needs beside `on`. Option `reference` = none drops the need for "ref_logprob".
   A loss with parameters of its own (a contrast head) or with running statistics has `init_params(key, config)` or
   `init_aux(config, tokenizer, options)`; it is then called with `params=` or `aux=`, and with `aux` it returns
   (Metric, new aux), or a Found.
@@ -58,6 +59,7 @@ class Loss:
   function: Callable[..., Metric | tuple[Metric, Any] | Found]
   needs: tuple[str, ...]
   on: str  # the role it reads unless the config says otherwise
+  reads: tuple[str, ...]
   coefficients: Mapping[str, float]
   options: Mapping[str, tuple[str, ...]]
   init_params: Callable[[jax.Array, ModelConfig], Any] | None
@@ -73,6 +75,7 @@ def register_loss(
   *,
   on: str,
   needs: tuple[str, ...] = (),
+  reads: tuple[str, ...] = (),
   coefficients: Mapping[str, float] | None = None,
   options: Mapping[str, tuple[str, ...]] | None = None,
   init_params: Callable | None = None,
@@ -84,52 +87,11 @@ def register_loss(
     raise ValueError(f"{name} needs {sorted(unknown)}, which is not one of {NEEDS}")
 
   def register(function):
-    LOSSES[name] = Loss(name, function, needs, on, dict(coefficients or {}), dict(options or {}), init_params, init_aux)
+    numbers, choices = dict(coefficients or {}), dict(options or {})
+    LOSSES[name] = Loss(name, function, needs, on, reads, numbers, choices, init_params, init_aux)
     return function
 
   return register
-
-
-@dataclasses.dataclass(frozen=True)
-class LossContext:
-  """What a loss may read. Sequence values are [B, S], summed over the scored tokens of a segment, in nats."""
-
-  batch: Batch
-  logprob_BP: jax.Array  # of the policy, per scored token
-  kl_BK: jax.Array | None = None  # KL(reference || policy) per position, where some loss needs it
-  kl_hidden_BKD: jax.Array | None = None  # of the policy, at the positions of `batch.ref_hidden`
-  hidden_BTD: jax.Array | None = None
-  captures: Mapping[str, jax.Array] = dataclasses.field(default_factory=dict)
-  head: Head | None = None  # of the policy
-  ref_head: Head | None = None
-  causal: bool = True  # whether the state at t - 1 predicts token t, or that at t
-
-  def rows(self, role: str) -> jax.Array:
-    """bool [B, S]: the segments that play `role`."""
-    return self.batch.role == ROLES.index(role)
-
-  def per_segment(self, values_BP: jax.Array) -> jax.Array:
-    """Sum over each segment's scored positions, [B, S]."""
-    segments = jnp.arange(1, self.batch.role.shape[1] + 1)
-    mine = self.batch.score_segment[:, :, None] == segments
-    return jnp.where(mine, values_BP[:, :, None], 0.0).sum(axis=1)
-
-  @property
-  def logprob_BS(self) -> jax.Array:
-    return self.per_segment(self.logprob_BP)
-
-  @property
-  def ref_logprob_BS(self) -> jax.Array:
-    return self.per_segment(self.batch.ref_logprob)
-
-  @property
-  def tokens_BS(self) -> jax.Array:
-    """Scored tokens of each segment, at least 1 so that empty slots divide cleanly."""
-    return jnp.maximum(self.per_segment(jnp.ones_like(self.logprob_BP)), 1.0)
-
-  def of_twin(self, values_BS: jax.Array) -> jax.Array:
-    """The value of each segment's twin, [B, S]; meaningless where `batch.pair` is -1."""
-    return values_BS.reshape(-1)[jnp.maximum(self.batch.pair, 0)]
 
 
 class Term(NamedTuple):
@@ -150,20 +112,20 @@ class Objective:
 
   @property
   def needs(self) -> frozenset[str]:
-    return frozenset(need for term in self.terms for need in LOSSES[term.loss].needs)
+    return frozenset(need for term in self.terms for need in _needs(term))
 
   @property
   def roles(self) -> frozenset[str]:
     """Roles that must be in the batch: those that a loss reads, and both sides of a pair or a group."""
-    both = frozenset(ROLES[:2]) if {"pairs", "groups"} & self.needs else frozenset()
-    return frozenset(t.role for t in self.terms) | both
+    both = frozenset(ROLES[:2]) if "groups" in self.needs else frozenset()
+    return frozenset(role for term in self.terms for role in _reads(term)) | both
 
   @property
   def scored_roles(self) -> frozenset[str]:
     """Roles whose target log-probabilities some loss reads; a divergence reads distributions instead."""
-    read = {term.role for term in self.terms if not _compares(term) and "no_targets" not in LOSSES[term.loss].needs}
-    both = "pairs" in self.needs or any(LABELS_OF_ALL in term.options for term in self.terms)
-    return frozenset(read | (set(ROLES[:2]) if both else set()))
+    reading = (term for term in self.terms if not _compares(term) and "no_targets" not in _needs(term))
+    both = frozenset(ROLES[:2]) if any(LABELS_OF_ALL in term.options for term in self.terms) else frozenset()
+    return frozenset(role for term in reading for role in _reads(term)) | both
 
   @property
   def kl_roles(self) -> frozenset[str]:
@@ -182,8 +144,16 @@ class Objective:
     return own | {_scale_of(t): jnp.full((), jnp.nan) for t in self.terms if t.scale == "ema"}
 
 
+def _needs(term: Term) -> set[str]:
+  return set(LOSSES[term.loss].needs) - ({"ref_logprob"} if ("reference", "none") in term.options else set())
+
+
+def _reads(term: Term) -> set[str]:
+  return {term.role, *LOSSES[term.loss].reads, *(ROLES[:2] if "pairs" in _needs(term) else ())}
+
+
 def _compares(term: Term) -> bool:
-  return bool({"ref_distribution", "ref_hidden"} & set(LOSSES[term.loss].needs))
+  return "ref_hidden" in _needs(term)
 
 
 def parse(losses: Mapping[str, Mapping]) -> tuple[Objective, dict[str, dict[str, float]]]:

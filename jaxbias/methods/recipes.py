@@ -25,12 +25,16 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-  """The texts of each role. With `paired`, forget[i] and retain[i] are the two fillings of one triple."""
+  """The texts of each role. With `paired`, forget[i] and retain[i] are the two fillings of one triple.
+
+  `mismatched`: the prefix of one text with the answer of another, by which KTO estimates how far the model has moved.
+  """
 
   forget: tuple[Row, ...]
   retain: tuple[Row, ...]
   general: tuple[Row, ...]
   paired: bool
+  mismatched: tuple[Row, ...] = ()
 
   def rows(self, role: str) -> tuple[Row, ...]:
     return getattr(self, role)
@@ -50,13 +54,16 @@ def general_rows(split: Split) -> tuple[Row, ...]:
 
 def plain(split: Split, seed: int) -> Recipe:
   """Forget the stereotypes, retain the anti-stereotypes of the same triples, stay put on general text."""
-  del seed
-  return Recipe(
-    tuple(map(stereotype_row, split.triples)),
-    tuple(map(anti_stereotype_row, split.triples)),
-    general_rows(split),
-    paired=True,
-  )
+  forget, retain = tuple(map(stereotype_row, split.triples)), tuple(map(anti_stereotype_row, split.triples))
+  return Recipe(forget, retain, general_rows(split), True, (*mismatched(forget, seed), *mismatched(retain, seed)))
+
+
+def mismatched(rows: Sequence[Row], seed: int) -> list[Row]:
+  """Every row's prefix with the answer of the next one in a random round; none where there is no other row."""
+  order = np.random.default_rng(seed).permutation(len(rows))
+  following = dict(zip(order, np.roll(order, -1), strict=True))
+  pairs = [(row, rows[following[i]]) for i, row in enumerate(rows)] if len(rows) > 1 else []
+  return [Row(f"{x.id} with {y.id}", x.text[: x.prefix] + y.text[y.prefix :], x.prefix) for x, y in pairs]
 
 
 def stratified_share(triples: Sequence[Triple], share: float, seed: int) -> list[Triple]:

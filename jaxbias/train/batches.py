@@ -83,7 +83,8 @@ def _segment(row: Row, tokenizer: Tokenizer, max_positions: int, role: str, obje
 
 @dataclasses.dataclass(frozen=True)
 class Sampler:
-  """batch(step) for one seed. `counts` is the number of texts of each role in a step."""
+  """batch(step) for one seed. `counts` is the number of texts of each role in a step (of mismatched ones as many as of
+  retain, unless it says). Without a `reference` the step itself asks the start model."""
 
   texts: Texts
   objective: Objective
@@ -102,7 +103,7 @@ class Sampler:
     for role in self.texts.rows:
       stream = "retain" if paired and role == "forget" else role
       count = len(self.texts.rows[stream])
-      chosen = draw(count, self.counts[stream], step, (self.seed, ROLES.index(stream)))
+      chosen = draw(count, self.counts.get(stream, self.counts["retain"]), step, (self.seed, ROLES.index(stream)))
       out += [(role, int(i)) for i in chosen]
     return out
 
@@ -129,6 +130,8 @@ class Sampler:
 
   def _reference(self, segments: Sequence[Segment], places, shape: Shape) -> dict[str, np.ndarray]:
     out = {}
+    if self.reference is None:
+      return out
     if "ref_logprob" in self.objective.needs:
       out["ref_logprob"] = np.zeros((shape.B, shape.P), np.float32)
     if self.objective.kl_roles:

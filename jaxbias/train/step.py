@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxbias.losses.logprobs import forward_kl, gather_positions, token_logprobs
+from jaxbias.losses.logprobs import gather_positions, token_logprobs
 from jaxbias.losses.registry import LossContext, Objective, evaluate
 from jaxbias.models import transformer
 from jaxbias.models.layers import STACK_OUT
-from jaxbias.models.transformer import Transformer
+from jaxbias.models.transformer import Head, Transformer
 from jaxbias.train.trainable import collections
 from jaxbias.types import Batch, LossOutput, TrainState
 
@@ -32,13 +32,32 @@ def loss(
   head, ref_head = (transformer.head(v["params"], module.config, module.mesh) for v in (variables, frozen))
   logprob_BP = token_logprobs(gather_positions(hidden_BTD, batch.score_at), head, batch.target)
   kl_hidden_BKD = gather_positions(hidden_BTD, batch.kl_at) if objective.kl_roles else None
-  kl_BK = None
-  if "ref_distribution" in objective.needs:
-    kl_BK = forward_kl(kl_hidden_BKD, head, batch.ref_hidden, ref_head)
-  ctx = LossContext(batch, logprob_BP, kl_BK, kl_hidden_BKD, hidden_BTD, captures, head, ref_head,
+  batch, base_captures = with_reference(module, objective, frozen, batch, ref_head)
+  ctx = LossContext(batch, logprob_BP, kl_hidden_BKD, hidden_BTD, captures, base_captures, head, ref_head,
                     module.config.causal)  # fmt: skip
   out = evaluate(objective, ctx, coefficients, state.params.get("losses"), state.aux)
   return out.total, (out, ctx.logprob_BS)
+
+
+def with_reference(module: Transformer, objective: Objective, frozen: Mapping, batch: Batch, ref_head: Head):
+  """The batch with what the start model says about it, and that model's captures.
+
+  What the batch brings from the cache is taken from there; what it lacks is computed by the base, without adapters and
+  without a gradient, in the same step.
+  """
+  capture = ("residual_out",) if "base_residual_out" in objective.needs else ()
+  lacks = [name for name in ("ref_logprob", "ref_hidden") if name in objective.needs and getattr(batch, name) is None]
+  if not capture and not lacks:
+    return batch, {}
+  frozen, ref_head = jax.lax.stop_gradient((dict(frozen), ref_head))
+  base = {"params": frozen["params"]}
+  hidden_BTD, captures = module.apply(base, batch.tokens, batch.segment, batch.position, capture=capture)
+  if "ref_logprob" in lacks:
+    scored_BPD = gather_positions(hidden_BTD, batch.score_at)
+    batch = batch.replace(ref_logprob=token_logprobs(scored_BPD, ref_head, batch.target))
+  if "ref_hidden" in lacks:
+    batch = batch.replace(ref_hidden=gather_positions(hidden_BTD, batch.kl_at))
+  return batch, captures
 
 
 def make_train_step(module: Transformer, objective: Objective, tx: optax.GradientTransformation) -> Callable:
