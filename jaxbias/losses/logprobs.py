@@ -165,8 +165,11 @@ def _logits(hidden: jax.Array, head: Head) -> jax.Array:
 def _product(how: str, x: jax.Array, matrix: jax.Array) -> jax.Array:
   """In the type of x, summed in float32 at least. Float32 is multiplied as float32 on accelerators, too."""
   precision = None if x.dtype.itemsize < 4 else jax.lax.Precision.HIGHEST
-  wide = jnp.promote_types(x.dtype, jnp.float32)
-  return jnp.einsum(how, x, matrix.astype(x.dtype), precision=precision, preferred_element_type=wide)
+  return jnp.einsum(how, x, matrix.astype(x.dtype), precision=precision, preferred_element_type=_wide(x.dtype))
+
+
+def _wide(dtype: jnp.dtype) -> jnp.dtype:
+  return jnp.promote_types(dtype, jnp.float32)
 
 
 def _to_products(slope_V: jax.Array, logits_V: jax.Array, head: Head) -> jax.Array:
@@ -210,10 +213,11 @@ def _to_head(slope: Callable, head: Head, hidden: jax.Array, *args: jax.Array) -
 
   def add(total, xs):
     slope_BPV = slope(*xs)
-    outer = jnp.einsum("bpv,bpd->vd", slope_BPV, xs[0].astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
+    outer = jnp.einsum("bpv,bpd->vd", slope_BPV, xs[0].astype(wide), precision=jax.lax.Precision.HIGHEST)
     bias = None if head.bias is None else total.bias + slope_BPV.sum((0, 1))
     return total.replace(matrix=total.matrix + outer, bias=bias), None
 
-  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), head)
+  wide = _wide(hidden.dtype)
+  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, wide), head)
   total, _ = jax.lax.scan(add, zeros, _split(head.shards, hidden, *args))
   return jax.tree.map(lambda x, like: x.astype(like.dtype), total, head)
