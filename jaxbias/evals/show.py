@@ -42,7 +42,7 @@ def _table(title: str, found: Sequence[tuple[Task, Result]]) -> Table:
                 caption=f"in brackets: 95 % bootstrap; drawn: {benchmark.cluster}")  # fmt: skip
   labels = {name: label(name, direction) for name, direction in benchmark.metrics.items()}
   for column in ("benchmark", "group", *(("metric", "") if many else ())):
-    table.add_column(column)
+    table.add_column(column, no_wrap=column == "benchmark", overflow="fold")
   for column in () if many else labels.values():
     table.add_column(column, justify="right")
   for task, result in found:
