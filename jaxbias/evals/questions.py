@@ -132,9 +132,7 @@ class _Asking:
     _one_of("span", row.span, SPANS)
     start, end = self.reading.enclosing()
     context, options = self.ids[row.context], [self.ids[option] for option in row.options]
-    for number, option in enumerate(options, start=1):
-      if not option:
-        raise UserError(f"option {number} has no tokens; there is nothing to score.")
+    _something(options)
     lengths = [len(option) - self.reading.causal + len(end) for option in options]  # a last token conditions nothing
     longest = int(np.argmax(lengths))
     context = self._fit(context, len(start) + lengths[longest], f"option {longest + 1} and its context")
@@ -156,8 +154,7 @@ class _Asking:
     if len(places) != len(kinds) or MASK not in kinds:
       raise UserError(f"`text` needs {MASK} at least once, and each of its masks has to be one token.")
     options = [self.ids[option] for option in row.options]
-    if not all(options):
-      raise UserError(f"option {options.index([]) + 1} has no tokens; there is nothing to score.")
+    _something(options)
     asked = [place for place, kind in zip(places, kinds, strict=True) if kind == MASK]
     most = max(map(len, options)) if row.pieces != "one" else 1
     needed = len(text) + len(asked) * (most - 1)
@@ -209,7 +206,7 @@ class _Asking:
       return self._behind([start, *context], options)
     if context:
       return self._behind(context, options)
-    first = {token: self._behind([start], [[token]])[0] for token in {option[0] for option in options}}
+    first = {token: self._behind([start], [[token]])[0] for token, *_ in options}
     found = [first[option[0]] for option in options]
     for token in first:
       longer = [number for number, option in enumerate(options) if option[0] == token and len(option) > 1]
@@ -257,6 +254,13 @@ _ASKED = {Choice: _Asking.choice, Cloze: _Asking.cloze, Running: _Asking.running
 def _one_of(name: str, value: str, known: Sequence[str]) -> None:
   if value not in known:
     raise UserError(f"`{name}` is `{value}`, not one of {', '.join(known)}.")
+
+
+def _something(options: list[list[int]]) -> None:
+  if not options:
+    raise UserError("the row has no options.")
+  if not all(options):
+    raise UserError(f"option {options.index([]) + 1} has no tokens; there is nothing to score.")
 
 
 def _segment(tokens: Sequence[int], at: Sequence[int], target: Sequence[int]) -> Segment:

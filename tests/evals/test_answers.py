@@ -428,6 +428,15 @@ def test_a_masked_copy_is_shared_by_the_options_that_differ_there(load):
   assert sorted(len(segment.target) for segment in asked.segments) == [1, 1, 1, 1, 2]
 
 
+def test_options_that_are_rotated_by_different_tables_are_read_apart(load):
+  """LongRoPE turns a text by its length, so a long and a short option cannot share their context."""
+  model = load("llama")
+  row = Choice("row", "the cat", (" sat", " is", " sat on the mat"))
+  together, apart, alike = (ask([row], reading(model, switch=n)) for n in (None, 5, 100))
+  assert [len(asked.segments) for asked in (together, apart, alike)] == [1, 2, 1], "short ones are off the context"
+  assert [len(where) for where in apart.wanted["row"]] == [len(where) for where in together.wanted["row"]]
+
+
 def test_first_tokens_do_not_widen_every_row(load):
   model = load("gpt2")
   rows = [Choice(letter, "", (letter + "z",)) for letter in "abcdefghij"]
@@ -523,6 +532,7 @@ def test_arguments_that_mean_nothing_here(load):
   with pytest.raises(UserError, match="the tokenizer names no mask token"):
     answer(without, CHOICES)
   bad = answer(load("bert"), [Cloze("no mask", "the cat", ("a",)), Cloze("?", f"{MASK}", ("a",), "some"), CLOZES[0]])
+  assert answer(load("gpt2"), [Choice("no options", "the", ())]).failed == {"no options": "the row has no options."}
   assert "needs [MASK] at least once" in bad.failed["no mask"] and "`pieces` is `some`" in bad.failed["?"]
   assert list(bad.by_id) == ["one piece"]
 
