@@ -17,6 +17,7 @@ class Method:
   label: str
   recipe: Callable[[Split, int], Recipe]  # (training split, seed) -> texts by role
   losses: Mapping[str, Mapping]
+  adapter_scale: float = 1.0  # the evaluated model is base + adapter_scale * (what was trained)
 
 
 METHODS: dict[str, Method] = {}
@@ -33,8 +34,9 @@ def get(name: str) -> Method:
 
 
 def variant(name: str) -> dict:
-  """A method's entry for `config.variants`: its name, label, losses and share of the peak learning rate, all open to
-  overrides. Objectives differ in how fast they move a model by more than one rate can serve."""
+  """A method's entry for `config.variants`: its name, label, losses, share of the peak learning rate, and the factor of
+  its adapters when it is evaluated, all open to overrides. Objectives differ in how fast they move a model by more than
+  one rate can serve; between 0 and 1 the factor interpolates between base and trained model."""
   method = get(name)
   return {"method": name, "label": method.label, "losses": copy.deepcopy(dict(method.losses)),
-          "learning_rate_scale": 1.0}  # fmt: skip
+          "learning_rate_scale": 1.0, "adapter_scale": method.adapter_scale}  # fmt: skip

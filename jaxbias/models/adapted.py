@@ -16,7 +16,7 @@ from flax.traverse_util import flatten_dict
 from jaxbias.errors import UserError
 from jaxbias.models import peft
 from jaxbias.models.config import ModelConfig
-from jaxbias.models.lora import LoraConfig, lora_scale
+from jaxbias.models.lora import LoraConfig, lora_scale, scaled
 from jaxbias.models.sources import CATALOGUE, ModelFolder, resolve
 from jaxbias.models.transformer import Transformer, abstract_variables
 
@@ -73,6 +73,7 @@ def _run(folder: Path) -> Adapted:
       fields = {field.name for field in dataclasses.fields(LoraConfig)} & run["lora"].keys()
       lora = LoraConfig(**{name: _frozen(run["lora"][name]) for name in fields})
       base = run["model"]
+      factor = run.get("variants", {}).get(run.get("variant"), {}).get("adapter_scale", 1.0)
     except (OSError, ValueError, KeyError, TypeError):
       raise damaged from None
 
@@ -84,6 +85,7 @@ def _run(folder: Path) -> Adapted:
     found = {"params": trained["base"]} if "base" in trained else {}
     if "layers" in trained:
       found |= {"lora": {"layers": trained["layers"]}, "lora_scale": lora_scale(lora, config.num_layers)}
+      found = scaled(found, factor)
     _check_shapes(folder, found, config)
     return found
 

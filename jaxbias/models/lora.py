@@ -108,6 +108,15 @@ def unmerge(params: Mapping, lora: Mapping, scale: Mapping) -> dict:
   return merge(params, lora, {"scale": -jnp.asarray(scale["scale"])})
 
 
+def scaled(adapters: Mapping, factor: float) -> dict:
+  """The collections of a model that is base + factor * (what the adapters add): -1 negates a task vector (Ilharco et
+  al. 2023), a factor between 0 and 1 interpolates."""
+  out = dict(adapters)
+  if "lora_scale" in out:
+    out["lora_scale"] = jax.tree.map(lambda scale: factor * scale, out["lora_scale"])
+  return out
+
+
 def stack(adapters: Sequence[Mapping]) -> dict:
   """Several adapters of one shape as one tree with a leading axis, for `jax.vmap` over them on one frozen base:
 

@@ -15,7 +15,15 @@ from flax import linen as nn
 from numpy.testing import assert_allclose, assert_array_equal
 
 from jaxbias.losses import logprobs
-from jaxbias.losses.logprobs import forward_kl, gather_positions, token_logprobs, token_statistics
+from jaxbias.losses.logprobs import (
+  adjusted_kl,
+  cross_entropy,
+  forward_kl,
+  gather_positions,
+  reverse_kl,
+  token_logprobs,
+  token_statistics,
+)  # fmt: skip
 from jaxbias.losses.registry import parse
 from jaxbias.models.lora import LoraConfig, init_lora
 from jaxbias.models.transformer import Head, Transformer, abstract_variables
@@ -35,6 +43,7 @@ def arrays(seed: int = 0, size: float = 1.0) -> dict[str, np.ndarray]:
   return {
     "hidden": normal(B, P, D), "head": normal(V, D), "target": rng.integers(0, V, (B, P)),
     "ref_hidden": normal(B, P, D), "ref_head": normal(V, D), "g": rng.standard_normal((B, P)).astype(np.float32),
+    "less": np.float32(3.0),
   }  # fmt: skip
 
 
@@ -49,7 +58,11 @@ def pulled_back(slope_BPV: np.ndarray, x: dict[str, np.ndarray]) -> tuple[np.nda
   return weighted @ x["head"], np.einsum("bpv,bpd->vd", weighted, x["hidden"])
 
 
-READS = {token_logprobs: ("target",), forward_kl: ("ref_hidden", "ref_head")}
+TO_REFERENCE = ("ref_hidden", "ref_head")
+READS = {
+  token_logprobs: ("target",), forward_kl: TO_REFERENCE, reverse_kl: TO_REFERENCE, cross_entropy: TO_REFERENCE,
+  adjusted_kl: (*TO_REFERENCE, "target", "less"),
+}  # fmt: skip
 
 
 def ours(function, x: dict[str, np.ndarray]):
@@ -60,7 +73,7 @@ def ours(function, x: dict[str, np.ndarray]):
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def value_and_pullback(function, chunk, hidden, head, g, *rest):
   assert chunk == logprobs.CHUNK  # an argument so that another chunk is another program
-  rest = (*rest[:1], *map(Head, rest[1:]))
+  rest = [Head(x) if name == "ref_head" else x for name, x in zip(READS[function], rest, strict=True)]
   value, pull = jax.vjp(lambda h, w: function(h, Head(w), *rest), hidden, head)
   return value, *pull(g)
 
@@ -113,10 +126,15 @@ def test_a_head_with_a_bias_or_a_cap_differentiates_as_written_out(function, bia
     log_q = jax.nn.log_softmax(all_logits(hidden, head))
     if function is token_logprobs:
       return jnp.take_along_axis(log_q, x["target"][..., None], -1)[..., 0]
-    log_p = jax.nn.log_softmax(all_logits(x["ref_hidden"], ref))
-    return (jnp.exp(log_p) * (log_p - log_q)).sum(-1)
+    ref_logits = all_logits(x["ref_hidden"], ref)
+    if function is adjusted_kl:
+      ref_logits -= x["less"] * jax.nn.one_hot(x["target"], V)
+    log_p = jax.nn.log_softmax(ref_logits)
+    if function is reverse_kl:
+      return (jnp.exp(log_q) * (log_q - log_p)).sum(-1)
+    return (jnp.exp(log_p) * ((0.0 if function is cross_entropy else log_p) - log_q)).sum(-1)
 
-  rest = (x["target"],) if function is token_logprobs else (x["ref_hidden"], ref)
+  rest = [ref if name == "ref_head" else x[name] for name in READS[function]]
   total = lambda f: jax.jit(jax.value_and_grad(lambda h, w: (x["g"] * f(h, w)).sum(), argnums=(0, 1)))
   ours, theirs = (total(f)(x["hidden"], head) for f in (lambda h, w: function(h, w, *rest), written_out))
   jax.tree.map(lambda a, b: assert_allclose(a, b, rtol=1e-4, atol=2e-5), ours, theirs)
@@ -220,7 +238,7 @@ def compiled_step(losses: dict) -> str:
     tokens=ints(B, T), segment=ints(B, T), position=ints(B, T),
     score_at=ints(B, P), target=ints(B, P), score_segment=ints(B, P),
     role=ints(B, S), row=ints(B, S), pair=ints(B, S), ref_logprob=floats(B, P),
-    kl_at=ints(B, K), kl_segment=ints(B, K), ref_hidden=floats(B, K, D),
+    kl_at=ints(B, K), kl_segment=ints(B, K), kl_target=ints(B, K), ref_hidden=floats(B, K, D),
   )  # fmt: skip
   lowered = make_train_step(module, objective, tx).lower(
     TrainState(ints(), lora, jax.eval_shape(tx.init, lora)), {"params": params, "lora_scale": {"scale": floats(2)}},
@@ -250,6 +268,9 @@ def products_with_vocabulary(program: str, V: int) -> int:
 @pytest.mark.parametrize("losses,products", [
   ({"npo": {}, "sft": {}, "dpo": {}}, 2),  # logits, and back to the hidden state from the same logits
   ({"npo": {}, "sft": {}, "kl": {}}, 5),  # and for the divergence: policy, reference, back
+  ({"sft": {}, "kl": {"divergence": "reverse"}}, 5),
+  ({"sft": {}, "kl": {"divergence": "cross_entropy"}, "undial": {}}, 8),
+  ({"kto": {}, "simnpo": {}, "orpo": {}, "rmu": {}, "rmu_retain": {}}, 2),
 ])  # fmt: skip
 def test_no_array_of_the_step_holds_all_positions_times_the_vocabulary(monkeypatch, losses, products):
   monkeypatch.setattr(logprobs, "CHUNK", SIZES["chunk"])

@@ -364,10 +364,17 @@ def test_padding_order_and_packing_change_nothing(name):
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in BATCH_LEVEL])
 def test_metrics_of_a_split_batch_add_up(name):
   all_texts = texts()
-  first, second = (value(name, context([part])) for part in (all_texts[:2], all_texts[2:]))
-  whole = value(name, context([all_texts]))
+  parts, whole_context = [context([part]) for part in (all_texts[:2], all_texts[2:])], context([all_texts])
+  first, second, whole = (value(name, ctx) for ctx in (*parts, whole_context))
   assert_allclose((first + second).value(), whole.value(), rtol=1e-6)
   assert abs((first.value() + second.value()) / 2 - whole.value()) > 1e-4, "a mean of means would differ"
+
+  def slopes(ctx):  # of the sums, which is what accumulation adds
+    of = lambda x: value(name, dataclasses.replace(with_hidden(ctx, x[1]), logprob_BP=x[0])).sum
+    return jax.grad(of)((ctx.logprob_BP, ctx.hidden_BTD))
+
+  for *pieces, together in zip(*map(slopes, (*parts, whole_context)), strict=True):
+    assert_allclose(np.concatenate(pieces, axis=1), together, rtol=1e-5, atol=1e-7)
 
 
 @EVERY_LOSS
@@ -500,3 +507,128 @@ def test_a_step_of_all_losses_starts_at_the_closed_forms_and_never_compiles_agai
   state, metrics = step(state, frozen, batch, traced(1e-2, changed))
   assert abs(float(metrics["parts"]["dpo"]) - np.log(2)) > 1e-6, "the second step moved the adapters"
   assert int(state.step) == 3 and step._cache_size() == 1
+
+
+@pytest.mark.parametrize("vary", ["seeds", "settings"])
+def test_four_seeds_or_settings_train_together_as_they_do_alone(vary):
+  """One program, `vmap` over four states or four sets of coefficients, three steps."""
+  objective, defaults = parse({"npo": {}, "sft": {}, "kl": {"divergence": "reverse"}, "simpo": {}, "undial": {}})
+  step, state, frozen, batch = step_inputs(objective)
+  states, settings = [state] * 4, [{"learning_rate": 1e-2, "losses": defaults}] * 4
+  if vary == "seeds":
+    draw = lambda seed: init_lora(jax.random.key(seed), frozen["params"], LoraConfig(rank=2, targets=("q", "up")))
+    states = [state.replace(params=draw(seed)) for seed in range(4)]
+  else:
+    npo_settings = ((0.1, 0.1), (1.0, 0.1), (1.0, 0.5), (3.0, 1.0))
+    losses = [{**defaults, "npo": {"weight": weight, "beta": beta}} for weight, beta in npo_settings]
+    settings = [{"learning_rate": 1e-2 * (i + 1), "losses": mine} for i, mine in enumerate(losses)]
+  settings = [jax.tree.map(jnp.float32, mine) for mine in settings]
+  stack = lambda trees: jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+  together, four = stack(states), jax.jit(jax.vmap(step, in_axes=(0, None, None, 0)))
+  for _ in range(3):
+    together, metrics = four(together, frozen, batch, stack(settings))
+  alone = []
+  for mine, its in zip(states, settings, strict=True):
+    mine = jax.tree.map(jnp.copy, mine)
+    for _ in range(3):
+      mine, last = step(mine, frozen, batch, its)
+    alone.append((mine, last))
+  jax.tree.map(lambda x, y: assert_allclose(x, y, rtol=1e-5, atol=1e-5), (together, metrics), stack(alone))
+  assert float(jnp.ptp(metrics["loss"])) > 1e-3
+
+
+def test_a_reference_asked_in_the_step_is_the_cached_one():
+  objective, coefficients = parse({name: {} for name in NAMES})
+  step, state, frozen, batch = step_inputs(objective)
+  state = state.replace(params=jax.tree.map(lambda x: x + 0.1, state.params))  # no longer the start model
+  traced = jax.tree.map(jnp.float32, {"learning_rate": 1e-2, "losses": coefficients})
+  copy = jax.tree.map(jnp.copy, state)
+  cached = step(state, frozen, batch, traced)
+  asked = step(copy, frozen, batch.replace(ref_logprob=None, ref_hidden=None), traced)
+  jax.tree.map(lambda x, y: assert_allclose(x, y, rtol=1e-4, atol=1e-5), cached, asked)
+  assert cached[1]["parts"]["rmu_retain"] > 0
+
+
+def test_a_loss_without_a_reference_does_not_ask_for_one():
+  assert "ref_logprob" in parse({"dpo": {}})[0].needs
+  assert "ref_logprob" not in parse({"dpo": {"reference": "none"}})[0].needs
+  assert parse({"kto": {}})[0].roles == {"forget", "retain", "mismatched"}
+
+
+def test_two_divergences_of_one_batch_read_their_own_roles():
+  ctx = context([texts()])
+  both = [value("kl", ctx, on).value() for on in ("general", "retain")]
+  alone = [value("kl", context([[t for t in texts() if t.role == on]]), on).value() for on in ("general", "retain")]
+  assert_allclose(both, alone, rtol=1e-5)
+
+
+def test_the_published_anchor_divides_by_padded_texts():
+  ctx = context([texts()])
+  plain, padded = (value("kl", ctx, divergence="cross_entropy", over=over) for over in ("tokens", "padded"))
+  assert_allclose(padded.value(), plain.sum / 200, rtol=1e-6)  # two texts of 100
+
+
+# What the specs' closed forms say about these losses
+
+
+@pytest.mark.parametrize("form", ["sigmoid", "ipo", "hinge"])
+def test_smoothing_by_a_half_makes_a_pair_symmetric(form):
+  pair = [text("retain", -1.0, 0.3, pair=0), text("forget", -4.0, 0.1, pair=0)]
+  of = lambda on, **how: float(value("dpo", context([pair]), on, form=form, **how).value())
+  assert_allclose(of("retain", smoothing=0.5), of("forget", smoothing=0.5), rtol=1e-6)
+  assert_allclose(of("retain", smoothing=0.2), 0.8 * of("retain") + 0.2 * of("forget"), rtol=1e-6)
+
+
+def test_ipo_is_zero_where_the_margin_is_one_over_two_beta():
+  pair = [text("retain", -1.0, -1.0, pair=0), text("forget", -7.0, -2.0, pair=0)]
+  assert_allclose(value("dpo", context([pair]), form="ipo", beta=0.1).value(), 0.0, atol=1e-9)
+
+
+def test_dpo_of_the_composed_model_against_its_proposal_is_reference_free_dpo():
+  """log(P Q / Z) - log P = log Q - log Z, and Z is the same for both answers (RAM, section 2.2)."""
+  rng = np.random.default_rng(0)
+  q, p, z = rng.normal(-3, 1, 2), rng.normal(-9, 2, 2), -1.3
+  composed, proposal = q + p - z, p
+  sides = ("retain", "forget")
+  whole = context([[text(role, composed[i], proposal[i], pair=0) for i, role in enumerate(sides)]])
+  aligner = context([[text(role, q[i], 0.0, pair=0) for i, role in enumerate(sides)]])
+  for beta in (0.1, 0.5, 1.0):
+    free = value("dpo", aligner, reference="none", beta=beta).value()
+    assert_allclose(value("dpo", whole, beta=beta).value(), free, rtol=1e-5)
+
+
+def test_rams_alpha_is_the_weight_of_the_rejected_and_zero_is_likelihood():
+  ctx = context([[t for t in texts() if t.pair >= 0]])
+  assert_array_equal(value("ram", ctx, alpha=0.0).value(), value("sft", ctx, reduction="seq_sum").value())
+  slope = jax.grad(lambda alpha: value("ram", ctx, alpha=alpha).value())(0.3)
+  assert_allclose(slope, np.mean([t.logprob.sum() for t in texts() if t.role == "forget" and t.pair >= 0]), rtol=1e-5)
+
+
+def test_ktos_reference_point_shifts_both_sides_and_is_never_negative():
+  def of(z, r_wanted, r_unwanted):
+    rows = [text("retain", r_wanted, 0.0), text("forget", r_unwanted, 0.0), text("mismatched", z, 0.0)]
+    return float(value("kto", context([rows]), beta=0.5, desirable=1.0, undesirable=2.0).value())
+
+  sigmoid = lambda x: 1 / (1 + np.exp(-x))
+  for z in (0.0, 1.5):
+    expected = (1 - sigmoid(0.5 * (2.0 - z)) + 2 * (1 - sigmoid(0.5 * (z + 1.0)))) / 2
+    assert_allclose(of(z, 2.0, -1.0), expected, rtol=1e-5)
+  assert of(-4.0, 2.0, -1.0) == of(0.0, 2.0, -1.0)
+
+
+def test_satimp_without_importance_is_wga():
+  ctx = context([texts()])
+  assert_allclose(value("satimp", ctx, beta1=1.0, beta2=0.0).value(), value("wga", ctx, alpha=1.0).value(), rtol=1e-6)
+  assert_allclose(value("wga", ctx, alpha=0.0).value(), value("ga", ctx).value(), rtol=1e-6)
+
+
+def test_undial_without_strength_is_the_divergence():
+  ctx = context([texts()])
+  assert_allclose(value("undial", ctx, strength=0.0).value(), value("kl", ctx, "forget").value(), rtol=1e-6)
+
+
+def test_npos_one_sigmoid_a_batch_depends_on_what_shares_it():
+  halves = [context([part]) for part in (texts()[:4], texts()[4:])]
+  how = {"reduction": "batch_token_mean"}
+  apart = np.mean([value("npo", ctx, **how).value() for ctx in halves])
+  assert abs(value("npo", context([texts()]), **how).value() - apart) > 1e-4

@@ -14,6 +14,7 @@ from jaxbias.losses.registry import LOSSES, parse
 from jaxbias.methods.biasunlearn import ADVERSARIAL_SHARE
 from jaxbias.methods.recipes import plain, stratified_share
 from jaxbias.methods.registry import METHODS
+from jaxbias.types import ROLES
 
 COUNTS = {"gender": 8, "profession": 40, "race": 21, "religion": 2}
 
@@ -36,7 +37,22 @@ def test_plain_pairs_the_two_fillings_of_each_triple():
     assert (forget.text, retain.text) == triple.sentences[:2]
     assert forget.prefix == retain.prefix == triple.prefix and forget.text[:8] == retain.text[:8] == "They are"
   assert [(row.id, row.text, row.prefix) for row in recipe.general] == [(t.id, t.text, 0) for t in SPLIT.texts]
-  assert plain(SPLIT, seed=1) == recipe
+  other = plain(SPLIT, seed=1)
+  assert [other.rows(role) for role in ROLES[:3]] == [recipe.rows(role) for role in ROLES[:3]]
+
+
+def test_a_mismatched_text_has_one_texts_prefix_and_anothers_answer():
+  recipe = plain(SPLIT, seed=0)
+  texts = {row.id: row for row in (*recipe.forget, *recipe.retain)}
+  assert len(recipe.mismatched) == len(texts)
+  for row in recipe.mismatched:
+    first, second = (texts[name] for name in row.id.split(" with "))
+    assert first != second and row.text == first.text[: first.prefix] + second.text[second.prefix :]
+  for half in (recipe.mismatched[: len(recipe.forget)], recipe.mismatched[len(recipe.forget) :]):
+    assert len({row.id.split(" with ")[1] for row in half}) == len(half)  # every answer is used once
+  assert plain(SPLIT, 1).mismatched != recipe.mismatched == plain(SPLIT, 0).mismatched
+  alone = Split(SPLIT.triples[:1], SPLIT.texts)
+  assert plain(alone, 0).mismatched == ()
 
 
 def test_biasunlearn_forgets_all_stereotypes_and_a_quarter_of_each_domains_anti_stereotypes():
