@@ -109,7 +109,7 @@ def check_packed(segments, places, shape: Shape) -> dict[str, np.ndarray]:
   arrays = pack(segments, places, shape)
   B, T, P, K, S = shape
   sizes = {"tokens": T, "segment": T, "position": T, "branch": T, "score_at": P, "target": P, "score_segment": P,
-           "kl_at": K, "kl_segment": K}  # fmt: skip
+           "kl_at": K, "kl_segment": K, "kl_target": K}  # fmt: skip
   assert {name: a.shape for name, a in arrays.items()} == {name: (B, n) for name, n in sizes.items()}
   for segment, at in zip(segments, places, strict=True):
     row = {name: a[at.b] for name, a in arrays.items()}
@@ -123,6 +123,7 @@ def check_packed(segments, places, shape: Shape) -> dict[str, np.ndarray]:
     assert_array_equal(row["tokens"][row["score_at"][scored]], segment.tokens[segment.score_at])
     compared = row["kl_segment"] == at.s + 1
     assert_array_equal(row["tokens"][row["kl_at"][compared]], segment.tokens[segment.kl_at])
+    assert_array_equal(row["kl_target"][compared], segment.kl_target)
   for name, of in (("segment", "tokens"), ("score_segment", "target"), ("kl_segment", "kl_at")):
     assert (arrays[name] > 0).sum() == sum(len(getattr(segment, of)) for segment in segments)
   assert not arrays["tokens"][arrays["segment"] == 0].any()
