@@ -29,6 +29,7 @@ from jaxbias.losses.registry import Objective, parse
 from jaxbias.mesh import batch_shards, make_mesh
 from jaxbias.methods.controllers import Published, Signed
 from jaxbias.models import language_model
+from jaxbias.models.lora import scaled
 from jaxbias.models.sources import cache_folder
 from jaxbias.progress import Tracker
 from jaxbias.train import reference
@@ -144,6 +145,8 @@ def prepare(config, workdir: Path, command: str) -> Comparison:
     }
     return Variant(name, specs[name], objective, {"learning_rate": peak, "losses": coefficients}, texts)
 
+  if plain["train"]["base"] and any(spec.get("adapter_scale", 1.0) != 1 for spec in specs.values()):
+    raise UserError("adapter_scale multiplies adapters alone; leave train.base empty, or adapter_scale at 1.")
   split = getattr(data, config.eval.split)
   variants = tuple(map(variant, specs))
   encoded = tradeoff.encode_split(model, split)
@@ -182,7 +185,7 @@ def run(job: Comparison, command: str) -> dict:
       records = read_jsonl(spec.folder / "metrics.jsonl")
       spent = {"seconds": sum(r["seconds"] for r in records), "tokens": sum(r["tokens"] for r in records)}
       tracker.phase(f"evaluate {name}", _texts_evaluated(job), evaluation_cost)
-      _evaluate(job, name, job.trainer.adapters(state), tracker, spent)
+      _evaluate(job, name, scaled(job.trainer.adapters(state), variant.spec.get("adapter_scale", 1.0)), tracker, spent)
   results = summarise(job, failures, command)
   write_json(job.workdir / "results.json", results)
   return results
