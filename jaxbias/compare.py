@@ -18,6 +18,7 @@ from pathlib import Path
 from jaxbias import config as configs
 from jaxbias import methods, provenance
 from jaxbias.data import sources
+from jaxbias.data.groups import read_groups
 from jaxbias.data.pipeline import Segment, Shape, packed_batches
 from jaxbias.data.rows import DataSet, Split
 from jaxbias.data.sources import triple_choices
@@ -69,7 +70,8 @@ class Comparison:
     return configs.to_dict(self.config)
 
   def sampler(self, variant: Variant, seed: int, ref: reference.Reference | None) -> Sampler:
-    rows, shards = self.config.train.rows.to_dict(), batch_shards(self.trainer.model.mesh)
+    rows = self.config.train.rows.to_dict() | self.config.train.groups.to_dict()
+    shards = batch_shards(self.trainer.model.mesh)
     return Sampler(variant.texts[seed], variant.objective, rows, ref, seed, shards)
 
   def control(self) -> Control | None:
@@ -132,6 +134,8 @@ def prepare(config, workdir: Path, command: str) -> Comparison:
   parsed = {name: parse(spec["losses"]) for name, spec in specs.items()}
   recipes = {name: methods.get(spec["method"]).recipe for name, spec in specs.items()}
   data = sources.load(config.data.source, config.data.split_file or None)
+  if config.data.groups:
+    data = dataclasses.replace(data, train=dataclasses.replace(data.train, groups=read_groups(config.data.groups)))
   claim(workdir, plain, command)
   dtype = None if config.dtype == "auto" else config.dtype
   model = language_model.load(config.model, dtype, make_mesh(config.mesh), config.train.remat, config.mesh.rules)

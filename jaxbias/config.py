@@ -43,6 +43,7 @@ def defaults() -> ConfigDict:
   }
   c.data = {
     "source": "builtin",  # or a path to StereoSet's own JSON
+    "groups": "",  # a JSONL file of positives and negatives, see docs/data.md; empty = made from the triples
     "split_file": "",  # target terms of each split, for StereoSet; empty = by the hash rule of docs/data.md
   }
   c.lora = {
@@ -55,6 +56,7 @@ def defaults() -> ConfigDict:
   c.train = {
     "steps": 40,
     "rows": {"forget": 8, "retain": 8, "general": 8},  # texts of each role in a step, over all devices
+    "groups": {"groups": 4, "positives": 4, "negatives": 8},  # contrast groups in a step; at most so many of each
     "learning_rate": 2e-4,  # at its peak; a variant's learning_rate_scale multiplies it
     "warmup_steps": 4,
     "schedule": "linear",  # after the warm-up: constant, linear or cosine down to 0
@@ -194,6 +196,8 @@ def validate(config: ConfigDict) -> None:
                       "mesh axis can cut once.")  # fmt: skip
   if config.mesh.rules.layers:
     raise UserError("mesh.rules.layers must be empty; layers are computed one after the other.")
+  if min(t.groups.values()) < 1:
+    raise UserError(f"train.groups = {t.groups.to_dict()}; each has to be at least 1.")
   if min(t.rows.values()) < 1:
     raise UserError(f"train.rows = {t.rows.to_dict()}; every role needs at least one text a step.")
   if config.lora.rank < (0 if t.base else 1):

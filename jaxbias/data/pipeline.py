@@ -20,6 +20,7 @@ PASS_CLASSES = (PASS_LENGTH, 2 * PASS_LENGTH, 4 * PASS_LENGTH, 2**31)  # the lon
 ATTENTION = 2048  # tokens in a row at which attention costs about as much as all the rest, in a small model
 SLACK = 1.5  # of scored positions in a row
 SAMPLE = 512  # segments from which a row length is chosen
+ANSWER, ENTITY = 1, 2  # marks; an entity is part of its answer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Segment:
   target: np.ndarray
   kl_at: np.ndarray
   kl_target: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int32))
+  marks: np.ndarray | None = None  # of a member of a group: 0 source, ANSWER, ENTITY
 
 
 def text_segment(ids: Sequence[int], start: int, score: bool = True, kl: bool = False) -> Segment:
@@ -48,6 +50,16 @@ def text_segment(ids: Sequence[int], start: int, score: bool = True, kl: bool = 
     inputs, np.arange(len(inputs)), np.zeros_like(inputs),
     at if score else none, ids[at + 1] if score else none, at if kl else none, ids[at + 1] if kl else none,
   )  # fmt: skip
+
+
+def member_segment(
+  ids: Sequence[int], marks: Sequence[int], score_at: np.ndarray, target: np.ndarray, kl: bool = False
+) -> Segment:
+  """A member of a group: every token is read, the last one too, since its state may be pooled."""
+  at = np.arange(len(ids), dtype=np.int32)
+  compared = (score_at, target) if kl else (at[:0], at[:0])
+  return Segment(np.asarray(ids, np.int32), at, np.zeros_like(at), score_at, target, *compared,
+                 np.asarray(marks, np.int32))  # fmt: skip
 
 
 def choice_segment(context: Sequence[int], options: Sequence[Sequence[int]]) -> tuple[Segment, list[np.ndarray]]:
@@ -172,6 +184,12 @@ def pack(segments: Sequence[Segment], places: Sequence[Place], shape: Shape) -> 
     span = np.s_[b, k : k + len(segment.kl_at)]
     out["kl_at"][span], out["kl_target"][span] = segment.kl_at + t, segment.kl_target
     out["kl_segment"][span] = s + 1
+  if any(segment.marks is not None for segment in segments):
+    marks = zeros(T)
+    for segment, at in zip(segments, places, strict=True):
+      if segment.marks is not None:
+        marks[at.b, at.t : at.t + len(segment.tokens)] = segment.marks
+    out |= {"answer": marks >= ANSWER, "entity": marks == ENTITY}
   return out
 
 

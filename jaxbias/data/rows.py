@@ -139,6 +139,7 @@ class Split:
 
   triples: tuple[Triple, ...]
   texts: tuple[Text, ...]
+  groups: tuple[Group, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -267,6 +267,7 @@ def _partition(rows: Sequence[Row], key: str, members: dict[str, list[str]], whe
 
 def _data_set(name: str, triples: dict[str, tuple[Triple, ...]], texts: dict[str, tuple[Text, ...]]) -> DataSet:
   splits = {split: Split(triples[split], texts[split]) for split in SPLITS}
-  content = {split: dataclasses.asdict(rows) for split, rows in splits.items()}
+  asdict = lambda rows: [dataclasses.asdict(row) for row in rows]
+  content = {split: {"triples": asdict(rows.triples), "texts": asdict(rows.texts)} for split, rows in splits.items()}
   canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
   return DataSet(name=name, fingerprint=hashlib.sha256(canonical.encode()).hexdigest(), **splits)

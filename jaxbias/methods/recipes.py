@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jaxbias.data.rows import Split, Triple
+from jaxbias.data.rows import Group, Member, Split, Triple
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +21,11 @@ class Row:
   text: str
   prefix: int
   domain: str = ""
+  group: int = -1  # the number of its contrast group; what follows is of a group's members
+  kind: str = ""
+  entities: tuple[tuple[int, int], ...] = ()  # characters of `text`
+  toxicity: float = 0.0
+  labels: str = "answer"  # what is taught; "to_end": its end, too; "inside": all but the first, as published
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +43,19 @@ class Recipe:
 
   def rows(self, role: str) -> tuple[Row, ...]:
     return getattr(self, role)
+
+
+def grouped(groups: Sequence[Group], general: tuple[Row, ...] = (), labels: str = "to_end") -> Recipe:
+  """Retain the positives, forget the negatives, each after its source; every row knows its group."""
+
+  def row(number: int, group: Group, member: Member) -> Row:
+    before = len(group.source)
+    entities = tuple((before + start, before + end) for start, end in member.entities)
+    return Row(member.id, group.source + member.text, before, "", number, member.kind, entities, member.toxicity,
+               labels)  # fmt: skip
+
+  side = lambda name: tuple(row(n, g, m) for n, g in enumerate(groups) for m in getattr(g, name))
+  return Recipe(side("negatives"), side("positives"), general, paired=False)
 
 
 def stereotype_row(triple: Triple) -> Row:

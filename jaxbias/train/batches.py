@@ -3,11 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from jaxbias.data.pipeline import Segment, Shape, draw, pack, place, plan, text_segment, union
+from jaxbias.data.groups import draw_members
+from jaxbias.data.pipeline import (
+  ANSWER,
+  ENTITY,
+  Segment,
+  Shape,
+  draw,
+  member_segment,
+  pack,
+  place,
+  plan,
+  text_segment,
+  union,
+)  # fmt: skip
+from jaxbias.data.rows import KINDS
 from jaxbias.data.tokens import Tokenizer, answer_mask
 from jaxbias.errors import UserError
 from jaxbias.losses.registry import Objective
@@ -16,6 +31,8 @@ from jaxbias.methods.recipes import Recipe, Row
 from jaxbias.train.reference import Reference, key_of
 from jaxbias.types import ROLES, Batch
 
+GROUP_ROLES = ("retain", "forget")  # of positives and of negatives
+GROUP_STREAM = len(ROLES)  # the draw of groups, beside those of the roles
 PLANNED_STEPS = 512  # the common shape is planned on the first steps; a later step that needs more gets its own
 
 
@@ -26,6 +43,19 @@ class Texts:
   rows: Mapping[str, tuple[Row, ...]]
   segments: Mapping[str, tuple[Segment, ...]]
   paired: bool
+
+  @property
+  def grouped(self) -> bool:
+    return any(row.group >= 0 for rows in self.rows.values() for row in rows)
+
+  @functools.cached_property
+  def by_group(self) -> list[dict[str, list[int]]]:
+    """For each group its texts' indices by role, in their order."""
+    out: dict[int, dict[str, list[int]]] = {}
+    for role in GROUP_ROLES:
+      for i, row in enumerate(self.rows.get(role, ())):
+        out.setdefault(row.group, {}).setdefault(role, []).append(i)
+    return [out[number] for number in sorted(out)]
 
   def all_segments(self) -> list[Segment]:
     return [segment for role in self.segments for segment in self.segments[role]]
@@ -59,6 +89,9 @@ def tokenise(recipe: Recipe, objective: Objective, tokenizer: Tokenizer, max_pos
   if "pairs" in objective.needs and not recipe.paired:
     names = " and ".join(f"`{term.loss}`" for term in objective.terms)
     raise UserError(f"{names} need paired texts, which this method's data recipe has not; use one such as dpo's.")
+  if "groups" in objective.needs and not recipe.paired and not any(row.group >= 0 for row in recipe.retain):
+    raise UserError("a loss needs groups of positives and negatives, which this method's data recipe has not; use one "
+                    "such as contrastive's.")
   rows = {role: recipe.rows(role) for role in ROLES if role in objective.roles}
   for role, members in rows.items():
     if not members:
@@ -71,6 +104,8 @@ def tokenise(recipe: Recipe, objective: Objective, tokenizer: Tokenizer, max_pos
 
 
 def _segment(row: Row, tokenizer: Tokenizer, max_positions: int, role: str, objective: Objective) -> Segment:
+  if row.group >= 0:
+    return _member(row, tokenizer, max_positions, role, objective)
   ids, start = answer_mask(tokenizer, row.text, row.prefix)
   if start >= len(ids):
     raise UserError(f"text {row.id}: no token ends after its first {row.prefix} characters; there is nothing to learn.")
@@ -79,6 +114,28 @@ def _segment(row: Row, tokenizer: Tokenizer, max_positions: int, role: str, obje
                     "shorten the text.")
   tokens = [tokenizer.start_id, *ids]
   return text_segment(tokens, start + 1, score=role in objective.scored_roles, kl=role in objective.kl_roles)
+
+
+def _member(row: Row, tokenizer: Tokenizer, max_positions: int, role: str, objective: Objective) -> Segment:
+  """A member of a group: its answer, the entities in it, and which tokens are taught (`Row.labels`)."""
+  ids, offsets = tokenizer.encode_with_offsets(row.text)
+  if len(ids) + 1 > max_positions:
+    raise UserError(f"text {row.id} takes {len(ids) + 1} positions with its start token, the model has "
+                    f"{max_positions}; shorten its source.")
+  within = lambda span, token: token[0] < span[1] and token[1] > span[0]
+  mark = lambda at: (at[1] > row.prefix) * (ENTITY if any(within(span, at) for span in row.entities) else ANSWER)
+  marks = np.array([0, *map(mark, offsets)], np.int32)
+  answer = np.flatnonzero(marks)
+  if not len(answer):
+    raise UserError(f"text {row.id}: no token ends after its source of {row.prefix} characters.")
+  tokens = np.array([tokenizer.start_id, *ids], np.int32)
+  taught = answer[1:] if row.labels == "inside" else answer
+  score_at, target = taught - 1, tokens[taught]
+  if row.labels == "to_end" and tokenizer.eos_id is not None:
+    score_at, target = np.append(score_at, len(tokens) - 1), np.append(target, tokenizer.eos_id)
+  if role not in objective.scored_roles:
+    score_at, target = score_at[:0], target[:0]
+  return member_segment(tokens, marks, score_at, target, kl=role in objective.kl_roles)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,12 +156,26 @@ class Sampler:
   def members(self, step: int) -> list[tuple[str, int]]:
     """(role, index of the text) of every segment of a step; the twins of a pair are drawn together."""
     paired = "pairs" in self.objective.needs
-    out = []
-    for role in self.texts.rows:
+    out = self._drawn_groups(step) if self.texts.grouped else []
+    for role in (role for role in self.texts.rows if not (self.texts.grouped and role in GROUP_ROLES)):
       stream = "retain" if paired and role == "forget" else role
       count = len(self.texts.rows[stream])
       chosen = draw(count, self.counts.get(stream, self.counts["retain"]), step, (self.seed, ROLES.index(stream)))
       out += [(role, int(i)) for i in chosen]
+    return out
+
+  def _drawn_groups(self, step: int) -> list[tuple[str, int]]:
+    """The members of `groups` groups, at most so many `positives`, the original among them, and `negatives` of each."""
+    by_group = self.texts.by_group
+    chosen = draw(len(by_group), min(self.counts["groups"], len(by_group)), step, (self.seed, GROUP_STREAM))
+    out = []
+    for number in chosen:
+      for stream, (role, most) in enumerate(zip(GROUP_ROLES, (self.counts["positives"], self.counts["negatives"]),
+                                                strict=True)):  # fmt: skip
+        members = by_group[number].get(role, [])
+        kinds = [self.texts.rows[role][i].kind for i in members]
+        key = (self.seed, GROUP_STREAM, step, int(number), stream)
+        out += [(role, members[i]) for i in draw_members(kinds, most, key, first=1 - stream)]
     return out
 
   def segments(self, step: int) -> list[Segment]:
@@ -118,14 +189,25 @@ class Sampler:
     shape = union([planned, need], self.shards)
     arrays = pack(segments, places, shape)
     arrays.pop("branch")
-    per_segment = {name: np.full((shape.B, shape.S), -1, np.int32) for name in ("role", "row", "pair")}
+    groups = "groups" in self.objective.needs
+    names = ("role", "row", "pair", *(("group", "polarity", "kind") if groups else ()))
+    per_segment = {name: np.full((shape.B, shape.S), -1, np.int32) for name in names}
+    per_segment |= {"toxicity": np.zeros((shape.B, shape.S), np.float32)} if groups else {}
     slot = {member: at.b * shape.S + at.s for member, at in zip(members, places, strict=True)}
     for number, ((role, i), at) in enumerate(zip(members, places, strict=True)):
       per_segment["role"][at.b, at.s] = ROLES.index(role)
       per_segment["row"][at.b, at.s] = number
       if "pairs" in self.objective.needs and role in ROLES[:2]:
         per_segment["pair"][at.b, at.s] = slot["forget" if role == "retain" else "retain", i]
+      if groups and role in GROUP_ROLES:
+        row = self.texts.rows[role][i]
+        per_segment["group"][at.b, at.s] = row.group if self.texts.grouped else i
+        if self.texts.grouped:
+          per_segment["polarity"][at.b, at.s] = role == "retain"
+          per_segment["kind"][at.b, at.s], per_segment["toxicity"][at.b, at.s] = KINDS.index(row.kind), row.toxicity
     ids = [self.texts.rows[role][i].id for role, i in members]
+    if not groups:
+      arrays = {name: array for name, array in arrays.items() if name not in ("answer", "entity")}
     return Batch(**arrays, **per_segment, **self._reference(segments, places, shape)), ids
 
   def _reference(self, segments: Sequence[Segment], places, shape: Shape) -> dict[str, np.ndarray]:
