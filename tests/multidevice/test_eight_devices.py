@@ -26,7 +26,11 @@ MESHES = {
   "fsdp 4, tensor 2": {"data": 1, "fsdp": 4, "tensor": 2},
 }
 RANK = 2
-LOSSES = {"npo": {"weight": 0.5}, "dpo": {"weight": 0.4}, "sft": {"weight": 0.3}, "kl": {"weight": 0.2}}
+LOSSES = {
+  "npo": {"weight": 0.5}, "dpo": {"weight": 0.4}, "sft": {"weight": 0.3}, "kl": {"weight": 0.2}, "kto": {"weight": 0.2},
+  "npo:published": {"reduction": "batch_token_mean"}, "undial": {"weight": 0.1}, "rmu": {"steer": 1.0},
+  "rmu_retain": {},
+}  # fmt: skip
 
 
 # In the subprocess
@@ -77,7 +81,8 @@ def everything(path: str, mesh) -> tuple[dict, dict[str, np.ndarray]]:
   scores = [s for pairs in score(model, rows).values() for s, _ in pairs]
 
   texts = lambda role, end: tuple(Row(f"{role} {n}", "the cat " * n + end, 8 * n) for n in range(1, 6))
-  recipe = Recipe(texts("forget", "123 a"), texts("retain", "is a cat"), texts("general", "and the others"), True)
+  recipe = Recipe(texts("forget", "123 a"), texts("retain", "is a cat"), texts("general", "and the others"), True,
+                  texts("mismatched", "is 123"))  # fmt: skip
   objective, coefficients = parse(LOSSES)
   tokenised = tokenise(recipe, objective, model.tokenizer, model.config.max_positions)
   rng, every = np.random.default_rng(0), {key_of(segment): segment for segment in tokenised.all_segments()}
