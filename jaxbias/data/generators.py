@@ -53,7 +53,7 @@ Generator = Callable[[Draft, np.random.Generator], list[str]]
 def find_entities(text: str, known: Iterable[str] = ()) -> tuple[Span, ...]:
   """Numbers, capitalised words within a sentence, and the `known` words; neighbours are one entity. A rule, no tagger:
   a name that begins a sentence is found where it is known."""
-  patterns = [r"\d[\d,.]*\d|\d", r"(?<=[a-z,;:] )[A-Z][\w'-]+(?: [A-Z][\w'-]+)*"]
+  patterns = [r"\d[\d,.]*\d|\d", r"(?<=[a-z0-9,;:] )[A-Z][\w'-]+(?: [A-Z][\w'-]+)*"]
   patterns += [rf"\b{re.escape(word)}\b" for word in known if word]
   spans = sorted({match.span() for pattern in patterns for match in re.finditer(pattern, text)})
   merged: list[list[int]] = []
