@@ -199,6 +199,10 @@ def abstract_batch(config, objective: Objective, batch: int, length: int, model:
   arrays |= {name: make(SEGMENTS) for name in ("role", "row", "pair")}
   if "ref_logprob" in objective.needs:
     arrays["ref_logprob"] = make(P, dtype=jnp.float32)
+  if "groups" in objective.needs:
+    arrays |= {name: make(SEGMENTS) for name in ("group", "polarity", "kind")}
+    arrays |= {name: make(length, dtype=jnp.bool_) for name in ("entity", "answer")}
+    arrays["toxicity"] = make(SEGMENTS, dtype=jnp.float32)
   if K:
     arrays |= {"kl_at": make(K), "kl_segment": make(K), "kl_target": make(K)}
     arrays["ref_hidden"] = make(K, model.config.table_size, dtype=jnp.float32)

@@ -513,3 +513,30 @@ def test_logit_pairing_reads_twins_across_packed_rows():
     same.hidden_BTD)  # fmt: skip
   assert_allclose(value, 0.0, atol=1e-6)
   assert_allclose(slope, 0.0, atol=1e-6)
+
+
+# Gradients of the losses on pairs
+
+
+@pytest.mark.parametrize("name,settings", [
+  ("infonce", {}), ("infonce", {"pool": "last"}), ("supcon", {}), ("clp", {"form": "js"}),
+  ("clp", {"form": "log_odds"}), ("group_ce", {}), ("group_ce", {"denominator": "batch_all"}),
+])  # fmt: skip
+def test_gradients_on_pairs_are_the_finite_differences(name, settings):
+  rng = np.random.default_rng(7)
+  ctx = paired(*rng.normal(size=(2, 4, D)), logprobs=-rng.exponential(size=8))
+  loss = LOSSES[name]
+  options = {option: choices[0] for option, choices in loss.options.items()} | settings
+
+  def of(at):
+    moved = dataclasses.replace(ctx, hidden_BTD=at[0], logprob_BP=at[1], head=Head(at[2]))
+    return loss.function(moved, "retain", **loss.coefficients | ({"temperature": 0.5} if loss.coefficients else {}),
+                         **options).value()  # fmt: skip
+
+  point = (ctx.hidden_BTD, ctx.logprob_BP, ctx.head.matrix)
+  slope = jax.grad(of)(point)
+  direction = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), point)
+  step = jax.jit(lambda h: of(jax.tree.map(lambda x, d: x + h * d, point, direction)))
+  along = sum(jax.tree.leaves(jax.tree.map(jnp.vdot, slope, direction)))
+  assert abs(along) > 1e-3
+  assert_allclose((step(5e-3) - step(-5e-3)) / 1e-2, along, rtol=5e-3, atol=1e-4)
