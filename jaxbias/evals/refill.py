@@ -1,0 +1,103 @@
+"""A loaded model as what the generators of contrast groups ask for: fillings of masks, rewrites, unsure texts."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+
+from jaxbias.data.rows import MASK, Choice
+from jaxbias.errors import UserError
+from jaxbias.evals.generate import Sampling, generate
+from jaxbias.evals.scoring import score
+from jaxbias.losses.logprobs import logits
+from jaxbias.models.language_model import LanguageModel
+from jaxbias.models.transformer import head
+
+LENGTHS = 32  # texts are padded to a multiple of this many tokens, so that few shapes are compiled
+REWRITE = "{source}\nComplete and correct this sentence: {masked}\n"
+
+
+def filler(model: LanguageModel, top: int = 5, seed: int = 0) -> Callable[[Sequence[str]], list[list[str]]]:
+  """fill(texts) -> the fillings of each text's MASKs, drawn alike from the `top` likeliest.
+
+  A masked model gives one token a MASK, all from one forward pass; a causal one writes a word at a time and sees only
+  what stands before it. Raises UserError for a text without MASK.
+  """
+  rng = np.random.default_rng(seed)
+
+  def fill(texts: Sequence[str]) -> list[list[str]]:
+    for text in texts:
+      if MASK not in text:
+        raise UserError(f"there is no {MASK} in {text!r}; nothing to fill.")
+    return [(_written if model.config.causal else _unmasked)(model, text, top, rng) for text in texts]
+
+  return fill
+
+
+def rewriter(
+  model: LanguageModel, sampling: Sampling | None = None, template: str = REWRITE
+) -> Callable[[str, str], str]:
+  """rewrite(source, masked text) -> the first line of what a causal model writes."""
+  sampling = sampling or Sampling(max_tokens=48, temperature=0.7, top_p=0.9, top_k=50, repetition_penalty=1.2)
+
+  def rewrite(source: str, masked: str) -> str:
+    return _continue(model, template.format(source=source, masked=masked), sampling).strip().split("\n")[0]
+
+  return rewrite
+
+
+def unsure(model: LanguageModel, samples: int = 8, max_tokens: int = 32, seed: int = 0):
+  """sample(source) -> [(continuation, mean probability of its tokens)], from a causal model at temperature 1."""
+
+  def sample(source: str) -> list[tuple[str, float]]:
+    prompts = [[model.tokenizer.start_id, *model.tokenizer.encode(source)]] * samples
+    written = generate(model, prompts, Sampling(max_tokens, temperature=1.0, seed=seed))
+    texts = {continuation.text for continuation in written if continuation.text.strip()}
+    if not texts:
+      return []
+    scored = score(model, [Choice("sampled", source, tuple(sorted(texts)))])["sampled"]
+    return [(text, float(np.exp(total / count))) for text, (total, count) in zip(sorted(texts), scored, strict=True)]
+
+  return sample
+
+
+def _continue(model: LanguageModel, prompt: str, sampling: Sampling) -> str:
+  ids = [model.tokenizer.start_id, *model.tokenizer.encode(prompt)]
+  return generate(model, [ids], sampling, truncate=True)[0].text
+
+
+def _written(model: LanguageModel, text: str, top: int, rng: np.random.Generator) -> list[str]:
+  before, *rest = text.split(MASK)
+  fillings = []
+  for after in rest:
+    sampling = Sampling(max_tokens=6, temperature=1.0, top_k=top, seed=int(rng.integers(2**32)))
+    word = re.search(r"[\w'-]+", _continue(model, before.rstrip(), sampling))
+    fillings.append(word[0] if word else "")
+    before += fillings[-1] + after
+  return fillings
+
+
+def _unmasked(model: LanguageModel, text: str, top: int, rng: np.random.Generator) -> list[str]:
+  tokenizer = model.tokenizer
+  cls, mask, sep = map(tokenizer.special, ("cls", "mask", "sep"))
+  ids = [cls, *tokenizer.encode(text.replace(MASK, tokenizer.decode([mask]))), sep]
+  tokens = np.full((1, -(-len(ids) // LENGTHS) * LENGTHS), tokenizer.pad_id, np.int32)
+  tokens[0, : len(ids)] = ids
+  real = (np.arange(tokens.shape[1]) < len(ids)).astype(np.int32)[None]
+  likeliest = np.asarray(_forward(model.module, top)(model.params, tokens, real))[0]
+  return [tokenizer.decode([int(rng.choice(likeliest[t]))]).strip() for t in np.flatnonzero(np.array(ids) == mask)]
+
+
+@functools.lru_cache(maxsize=4)
+def _forward(module, top: int) -> Callable:
+  @jax.jit
+  def run(params, tokens_1T, real_1T):
+    """The ids of the `top` likeliest tokens, [1, T, top]. A text is short: its logits fit."""
+    hidden, _ = module.apply({"params": params}, tokens_1T, real_1T, np.arange(tokens_1T.shape[1])[None] * real_1T)
+    return jax.lax.top_k(logits(hidden, head(params, module.config, module.mesh)), top)[1]
+
+  return run
