@@ -131,6 +131,8 @@ def _override(config: ConfigDict, argument: str, file: str) -> None:
   flat = _flat(config)
   if not equals:
     raise UserError(f"{argument} has no value; write {argument}=VALUE.")
+  if inside := [name for name in flat if name.startswith(f"{key}.")]:
+    raise UserError(f"{file}: `{key}` is a section; set one of its keys: {', '.join(inside)}.")
   if key not in flat:
     raise UserError(f"{file} has no key `{key}`; {did_you_mean(key, flat)}")
   values = flags.FlagValues()

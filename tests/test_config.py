@@ -138,7 +138,8 @@ def test_later_overrides_win_and_several_go_together(config):
 @pytest.mark.parametrize("override, said", [
   ("--config.train.stepz=3", "{file} has no key `train.stepz`; did you mean `train.steps`?"),
   ("--config.learning_rate=3", "{file} has no key `learning_rate`; did you mean `train.learning_rate`?"),
-  ("--config.train=3", "{file} has no key `train`; did you mean `train.steps`?"),
+  ("--config.eval=3", "{file}: `eval` is a section; set one of its keys: eval.split, eval.scoring, "
+   "eval.bootstrap_draws."),
   ("--config.variants.npo.losses.npo.betta=3",
    "{file} has no key `variants.npo.losses.npo.betta`; did you mean `variants.npo.losses.npo.beta`?"),
   ("--config.train.steps", "--config.train.steps has no value; write --config.train.steps=VALUE."),
@@ -170,7 +171,7 @@ def test_an_override_that_cannot_be(config, file, override, said):
   ("eval.scoring=mean", "eval.scoring = `mean` is not known; did you mean `token_mean`?"),
   ("dtype=float16", "dtype = `float16` is not known; did you mean `bfloat16`?"),
   ("train.rows.retain=0", "train.rows = {'forget': 8, 'general': 8, 'retain': 0}; every role needs at least one text"),
-  ("lora.rank=0", "lora.rank = 0; it must be at least 1."),
+  ("lora.rank=0", "lora.rank = 0; it must be at least 1, or 0 where train.base names what trains."),
   ("seeds=()", "seeds is empty; give at least one"),
   ("seeds=(1,1)", "seeds = (1, 1); each must be a whole number from 0 on, and appear once."),
   ("seeds=('a',)", "seeds = ('a',); each must be a whole number from 0 on, and appear once."),
