@@ -138,8 +138,8 @@ def test_later_overrides_win_and_several_go_together(config):
 @pytest.mark.parametrize("override, said", [
   ("--config.train.stepz=3", "{file} has no key `train.stepz`; did you mean `train.steps`?"),
   ("--config.learning_rate=3", "{file} has no key `learning_rate`; did you mean `train.learning_rate`?"),
-  ("--config.eval=3", "{file}: `eval` is a section; set one of its keys: eval.split, eval.scoring, "
-   "eval.bootstrap_draws."),
+  ("--config.eval=3", "{file}: `eval` is a section; set one of its keys: eval.bootstrap_draws, "
+   "eval.scoring, eval.split."),
   ("--config.variants.npo.losses.npo.betta=3",
    "{file} has no key `variants.npo.losses.npo.betta`; did you mean `variants.npo.losses.npo.beta`?"),
   ("--config.train.steps", "--config.train.steps has no value; write --config.train.steps=VALUE."),
