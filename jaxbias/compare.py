@@ -33,7 +33,7 @@ from jaxbias.models import language_model
 from jaxbias.models.lora import scaled
 from jaxbias.models.sources import cache_folder
 from jaxbias.progress import Tracker
-from jaxbias.train import reference
+from jaxbias.train import reference, trainable
 from jaxbias.train.batches import Sampler, Texts, plan_shape, tokenise
 from jaxbias.train.guide import Control
 from jaxbias.train.loop import Run, Trainer, TrainingFailed, train
@@ -154,6 +154,8 @@ def prepare(config, workdir: Path, command: str) -> Comparison:
   split = getattr(data, config.eval.split)
   variants = tuple(map(variant, specs))
   encoded = tradeoff.encode_split(model, split)
+  for found in variants:
+    trainable.check(found.objective, model.params, tuple(config.train.base))
   return Comparison(config, workdir, data, split, Trainer.of(model, config), variants, encoded)
 
 

@@ -36,6 +36,15 @@ def chosen_leaves(params: Mapping, patterns: Sequence[str]) -> dict[tuple[str, .
   return found
 
 
+def check(objective: Objective, params: Mapping, base: Sequence[str]) -> None:
+  """Raises UserError for a loss whose gradient goes to the head's weights alone where these do not train."""
+  head = {("head",), ("embedding",)} & set(chosen_leaves(params, base))
+  for term in objective.terms:
+    if dict(term.options).get("gradient") == "weights" and not head:
+      raise UserError(f"losses.{term.key} has gradient = `weights`, and the head's weights do not train; give another "
+                      "gradient, or train.base=('embedding',), or ('head',) for a model with a head of its own.")
+
+
 def init(
   key: jax.Array, params: Mapping, lora: LoraConfig, base: Sequence[str], objective: Objective, config: ModelConfig
 ) -> dict:
