@@ -10,7 +10,7 @@ quickstart: $(VENV)/.installed
 	$(RUN) -m jaxbias compare --config=configs/quickstart.py --workdir=runs/quickstart
 
 test: $(VENV)/.tested
-	$(RUN) -m pytest --numprocesses=2 --dist=loadfile
+	$(RUN) -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.tested
 	$(VENV)/bin/ruff check .
