@@ -12,10 +12,10 @@ def get_config():
   c.title = "Five objectives on SmolLM2-135M-Instruct"
   c.seeds = (0, 1)
   c.compare = ("sft", "ga", "npo", "dpo", "biasunlearn")
-  c.train.steps = 16
+  c.train.steps = 12
   c.train.warmup_steps = 2
   c.train.rows = {"forget": 6, "retain": 6, "general": 3}
-  c.train.learning_rate = 3.75e-4
+  c.train.learning_rate = 5e-4
   with c.unlocked():
     c.variants = {name: methods.variant(name) for name in c.compare}
   # Rate x steps was chosen on the validation terms. One rate cannot serve all: at the rate that suits negative
