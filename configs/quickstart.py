@@ -1,6 +1,10 @@
 """Five objectives on SmolLM2-135M-Instruct and the built-in triples: who got fairer, who forgot what.
 
   python -m jaxbias compare --config=configs/quickstart.py --workdir=runs/quickstart
+
+Two CPU cores: 9 minutes from an empty cache, 2.0 GiB. Expected on test terms (2 seeds, 95 % intervals over 24 terms):
+SS 67.4 of the base model and 63.2 to 64.9 behind every objective, each give or take 7 points; LMS 99.0, and 97.7 to
+98.8 behind; overall forgetting in nats a token: SFT 0.07, DPO 0.12, BiasUnlearn 0.21, NPO 0.22, gradient ascent 0.28.
 """
 
 from jaxbias import methods
