@@ -23,7 +23,7 @@ from jaxbias.train.checkpoint import Checkpoints
 from jaxbias.types import TrainState
 from tests.train import RUNS, Workplace, lines, read, untimed
 
-STOPS = 5
+STOPS = 3
 INTERRUPTED = "jaxbias: interrupted; the same command goes on from the last checkpoint."
 
 
