@@ -92,9 +92,10 @@ def _classifier(folder: str, batch: int = 32) -> Scorer:
                     "pip install transformers torch, or take `lexicon`.") from None
   try:
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    model = AutoModelForSequenceClassification.from_pretrained(folder, local_files_only=True).eval()
+    model = AutoModelForSequenceClassification.from_pretrained(folder, local_files_only=True, use_safetensors=True)
   except (OSError, ValueError) as error:
     raise UserError(f"scorer `{folder}` is no text classifier: {str(error).splitlines()[0]}") from None
+  model.eval()
   labels = [str(model.config.id2label[i]).lower() for i in range(model.config.num_labels)]
   toxic = [i for i, label in enumerate(labels) if re.match("toxic|hate", label)]
   chosen = toxic[0] if toxic else len(labels) - 1
