@@ -6,6 +6,7 @@ import struct
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Kind
+from gguf import GGUFWriter
 from gguf.quants import quantize
 from numpy.testing import assert_allclose, assert_array_equal
 from safetensors import safe_open
@@ -40,6 +41,56 @@ def unpack(raw: np.ndarray, kind: Kind) -> np.ndarray:
 
   size = {Kind.Q8_0: 34, Kind.Q4_1: 20, Kind.Q4_0: 18}[kind]
   return np.array([sum((block(bytes(r[i : i + size])) for i in range(0, len(r), size)), []) for r in raw], np.float32)
+
+
+def unpack_k(b: bytes, kind: Kind) -> list[float]:
+  """One block of 256 values by the format's definition: eight groups of 32 with six-bit scales and minima (Q4_K), or
+  sixteen groups of 16 with signed scales and codes of four low and two high bits (Q6_K)."""
+  half = lambda at: struct.unpack("<e", b[at : at + 2])[0]
+  if kind == Kind.Q4_K:
+    packed, codes = b[4:16], b[16:]
+
+    def scale_and_minimum(j: int) -> tuple[int, int]:
+      if j < 4:
+        return packed[j] & 63, packed[j + 4] & 63
+      low = packed[j + 4]
+      return low & 15 | packed[j - 4] >> 6 << 4, low >> 4 | packed[j] >> 6 << 4
+
+    out = []
+    for j in range(8):
+      scale, minimum = scale_and_minimum(j)
+      group = codes[j // 2 * 32 :][:32]
+      out += [half(0) * scale * (c >> 4 if j % 2 else c & 15) - half(2) * minimum for c in group]
+    return out
+  low, high, scales = b[:128], b[128:192], struct.unpack("16b", b[192:208])
+  out = []
+  for i in range(256):
+    part, lane = i // 32 % 4, i % 32  # which of the four groups of 32 in its half, and where in it
+    code = low[i // 128 * 64 + part % 2 * 32 + lane] >> (4 if part > 1 else 0) & 15
+    code |= (high[i // 128 * 32 + lane] >> 2 * part & 3) << 4
+    out.append(half(208) * scales[i // 16] * (code - 32))
+  return out
+
+
+@pytest.mark.parametrize("kind, size, halves", [(Kind.Q4_K, 144, (0, 2)), (Kind.Q6_K, 210, (208,))])
+def test_k_quants_are_read_by_the_formats_definition(tmp_path, kind, size, halves):
+  rng = np.random.default_rng(0)
+  raw = rng.integers(0, 256, (3, 2 * size), np.uint8)
+  for row in raw:
+    for block in range(2):
+      for at in halves:
+        row[block * size + at :][:2] = np.frombuffer(np.float16(rng.uniform(0.01, 0.1)).tobytes(), np.uint8)
+  writer = GGUFWriter(tmp_path / "k.gguf", "llama")
+  writer.add_tensor("weight", raw, raw_dtype=kind)
+  writer.write_header_to_file()
+  writer.write_kv_data_to_file()
+  writer.write_tensors_to_file()
+  writer.close()
+  found = Gguf(tmp_path / "k.gguf").read("weight")
+  expected = [sum((unpack_k(bytes(row[i : i + size]), kind) for i in (0, size)), []) for row in raw]
+  assert found.dtype == np.float32 and found.shape == (3, 512)
+  assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+  assert len(np.unique(found)) > 100
 
 
 def brute_half_split(rows: np.ndarray, heads: int) -> np.ndarray:
