@@ -23,7 +23,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxbias.evals.generate import Sampling, generate
+from jaxbias.evals.generate import generate
+from jaxbias.evals.sampling import Sampling
 from jaxbias.losses.logprobs import logits
 from jaxbias.models import language_model
 from jaxbias.models.transformer import Transformer, head

@@ -18,7 +18,8 @@ from jax.sharding import Mesh
 from jaxbias.data.rows import Choice
 from jaxbias.errors import UserError
 from jaxbias.evals import scoring
-from jaxbias.evals.generate import Sampling, generate
+from jaxbias.evals.generate import generate
+from jaxbias.evals.sampling import Sampling
 from jaxbias.losses.logprobs import logits
 from jaxbias.models import language_model
 from jaxbias.models.transformer import Transformer, head
@@ -57,7 +58,7 @@ class LanguageModel(language_model.LanguageModel):
     return scoring.score(self, made)
 
   def generate(self, prompts: Sequence[str], **sampling: Any) -> list[str]:
-    """What follows each prompt. sampling: fields of `evals.generate.Sampling`, such as max_tokens and temperature."""
+    """What follows each prompt. sampling: fields of `evals.sampling.Sampling`, such as max_tokens and temperature."""
     ids = [[self.tokenizer.start_id, *text] for text in self.tokenizer.encode_batch(prompts)]
     return [continuation.text for continuation in generate(self, ids, Sampling(**sampling))]
 

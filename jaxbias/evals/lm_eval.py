@@ -24,7 +24,8 @@ from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs, postproce
 from jaxbias.data.pipeline import choice_segment
 from jaxbias.errors import UserError
 from jaxbias.evals import passes
-from jaxbias.evals.generate import Sampling, generate
+from jaxbias.evals.generate import generate
+from jaxbias.evals.sampling import Sampling
 from jaxbias.models import language_model
 from jaxbias.models.language_model import LanguageModel
 from jaxbias.progress import Tracker

@@ -11,7 +11,8 @@ import numpy as np
 
 from jaxbias.data.rows import MASK, Choice
 from jaxbias.errors import UserError
-from jaxbias.evals.generate import Sampling, generate
+from jaxbias.evals.generate import generate
+from jaxbias.evals.sampling import Sampling
 from jaxbias.evals.scoring import score
 from jaxbias.losses.logprobs import logits
 from jaxbias.models.language_model import LanguageModel

@@ -25,7 +25,8 @@ from jaxbias.data.rows import Prompt
 from jaxbias.data.tokens import load_tokenizer
 from jaxbias.errors import UserError
 from jaxbias.evals import generate as module
-from jaxbias.evals.generate import Rules, Sampling, answers, choose, generate, likely
+from jaxbias.evals.generate import answers, generate
+from jaxbias.evals.sampling import Rules, Sampling, choose, likely
 from jaxbias.losses.logprobs import logits
 from jaxbias.mesh import make_mesh
 from jaxbias.models import language_model

@@ -13,8 +13,8 @@ from flax import linen as nn
 from jaxbias.data.generators import Draft, low_confidence, mask_and_refill, regenerate
 from jaxbias.data.rows import MASK
 from jaxbias.errors import UserError
-from jaxbias.evals.generate import Sampling
 from jaxbias.evals.refill import filler, rewriter, unsure
+from jaxbias.evals.sampling import Sampling
 from jaxbias.models import language_model
 from jaxbias.models.transformer import Transformer, abstract_variables
 from tests.models import tiny_config
