@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -15,21 +15,36 @@ from jaxbias.data.tokens import Tokenizer
 from jaxbias.errors import UserError
 
 PIECES = ("single", "first", "pooled")  # what becomes of a word of several pieces: left out, its first piece, all of it
+BUILT_IN = {"gender": "gender_words.json", "occupations": "occupation_words.txt"}
 
 
 def read_words(name: str) -> tuple[str, ...]:
-  """`gender` (built in), a text file of one word a line, or a .json whose strings (and keys, where the values are ids)
-  are the words, as deep as they may be. Sorted, each once. Raises UserError for a list of no words."""
-  file = resources.files("jaxbias.data.builtin") / "gender_words.txt" if name == "gender" else Path(name).expanduser()
+  """The words of all groups of `read_groups`, sorted, each once."""
+  return tuple(sorted({word for words in read_groups(name).values() for word in words}))
+
+
+def read_groups(name: str) -> dict[str, tuple[str, ...]]:
+  """{group: its words, sorted, each once}, in the order of the list.
+
+  `gender` and `occupations` are built in; else a text file of one word a line, which is one group, "", or a .json. An
+  object of lists or objects is a group a key; strings (and keys, where the values are ids) are words, as deep as they
+  may be. Raises UserError for a list of no words.
+  """
+  file = resources.files("jaxbias.data.builtin") / BUILT_IN[name] if name in BUILT_IN else Path(name).expanduser()
   content = text_file(file)
   try:
-    found = set(_strings(json.loads(content)) if str(file).endswith(".json") else content.split("\n"))
+    parsed = json.loads(content) if str(file).endswith(".json") else content.split("\n")
   except ValueError as error:
     raise UserError(f"{file} is not JSON ({error}).") from None
-  words = tuple(sorted(word.strip() for word in found if word.strip() and not word.startswith("#")))
-  if not words:
+  grouped = isinstance(parsed, dict) and all(isinstance(inner, dict | list) for inner in parsed.values())
+  found = {key: _words(inner) for key, inner in (parsed.items() if grouped else [("", parsed)])}
+  if not any(found.values()):
     raise UserError(f"{file} holds no words.")
-  return words
+  return found
+
+
+def _words(value: Any) -> tuple[str, ...]:
+  return tuple(sorted({word.strip() for word in _strings(value) if word.strip() and not word.startswith("#")}))
 
 
 def _strings(value: Any) -> Iterator[str]:
@@ -49,17 +64,29 @@ def classes(words: Sequence[str], tokenizer: Tokenizer, pieces: str) -> np.ndarr
   A word is spelled as it stands behind another one. `first` is the published way: with most vocabularies a good part
   of its classes are fragments that belong to other words, too. Raises UserError where no class is left.
   """
-  sequences = {_inside_text(word, tokenizer) for word in words}
-  if pieces == "single":
-    sequences = {ids for ids in sequences if len(ids) == 1}
-  elif pieces == "first":
-    sequences = {ids[:1] for ids in sequences}
+  sequences = _sequences(words, tokenizer, pieces)
   if not sequences:
     raise UserError(f"none of the {len(words)} words is one token of this model; use pieces = `first` or `pooled`.")
   out = np.full((len(sequences), max(map(len, sequences))), -1, np.int32)
   for row, ids in zip(out, sorted(sequences), strict=True):
     row[: len(ids)] = ids
   return out
+
+
+def groups_of_classes(
+  ids_CM: np.ndarray, groups: Mapping[str, Sequence[str]], tokenizer: Tokenizer, pieces: str
+) -> np.ndarray:
+  """The number of each class's group, int32 [C]; -1 for a class of several groups, such as a fragment of two words."""
+  members = [_sequences(words, tokenizer, pieces) for words in groups.values()]
+  of = [[n for n, group in enumerate(members) if tuple(i for i in ids if i >= 0) in group] for ids in ids_CM.tolist()]
+  return np.array([found[0] if len(found) == 1 else -1 for found in of], np.int32)
+
+
+def _sequences(words: Sequence[str], tokenizer: Tokenizer, pieces: str) -> set[tuple[int, ...]]:
+  sequences = {_inside_text(word, tokenizer) for word in words}
+  if pieces == "single":
+    return {ids for ids in sequences if len(ids) == 1}
+  return {ids[:1] for ids in sequences} if pieces == "first" else sequences
 
 
 def _inside_text(word: str, tokenizer: Tokenizer) -> tuple[int, ...]:
