@@ -46,17 +46,17 @@ ALT = {
 FIGURES: dict[str, Callable] = {}
 
 
-def _figure(draw: Callable[[Mapping], Figure | None]) -> Callable:
+def figure(draw: Callable[[Mapping], Figure | None]) -> Callable:
   """Draw in the house style, which is put back after, and turn the figure into SVG text or PNG bytes."""
 
   @functools.wraps(draw)
-  def figure(results: Mapping, kind: str = "svg") -> str | bytes | None:
+  def rendered(results: Mapping, kind: str = "svg") -> str | bytes | None:
     with matplotlib.rc_context(STYLE):
       drawn = draw(results)
       return drawn and _render(drawn, kind, draw.__name__)
 
-  FIGURES[draw.__name__] = figure
-  return figure
+  FIGURES[draw.__name__] = rendered
+  return rendered
 
 
 def _render(drawn: Figure, kind: str, name: str) -> str | bytes:
@@ -71,7 +71,7 @@ def _render(drawn: Figure, kind: str, name: str) -> str | bytes:
   return re.sub(r"<[^>]*>", lambda tag: re.sub(r'( id="|href="#|url\(#)', rf"\1{name}-", tag[0]), svg)
 
 
-def _canvas(height: float) -> Figure:
+def canvas(height: float) -> Figure:
   drawn = Figure(figsize=(WIDTH, height))
   FigureCanvasAgg(drawn)
   return drawn
@@ -92,13 +92,13 @@ def _whiskers(found: read.Estimate) -> list[list[float]] | None:
   return [[max(0.0, found.value - found.low)], [max(0.0, found.high - found.value)]]
 
 
-@_figure
+@figure
 def scatter(results: Mapping) -> Figure | None:
   """Stereotype score against overall forgetting: fair and unharmed is where the two ideal lines cross."""
   metrics = results["metrics"]
   if not {"ss", "f_all"} <= metrics.keys():
     return None
-  drawn = _canvas(5.4)
+  drawn = canvas(5.4)
   crowded = len(read.trained(results)) > MOST_LABELS
   ax = drawn.add_axes((0.065, 0.1, 0.67 if crowded else 0.915, 0.85))
   ideal, start = metrics["ss"]["ideal"], read.base(results)
@@ -176,7 +176,7 @@ def _frame(ax: Axes, points: list[tuple], ideal: float) -> None:
     ax.set_title(f"shaded: nearer to {ideal:g} than the base model", loc="right", color=MUTED, fontsize=9.5)
 
 
-@_figure
+@figure
 def domains(results: Mapping) -> Figure | None:
   """Stereotype score of each domain, base model on top and dotted through the variants below it."""
   names = read.domains(results)
@@ -184,7 +184,7 @@ def domains(results: Mapping) -> Figure | None:
   if "ss" not in results["metrics"] or not rows:
     return None
   metric, looks = results["metrics"]["ss"], {row["name"]: look(i) for i, row in enumerate(read.trained(results))}
-  drawn = _canvas(1.15 + 0.3 * len(rows))
+  drawn = canvas(1.15 + 0.3 * len(rows))
   panels = drawn.subplots(1, len(names), sharey=True, sharex=True, squeeze=False)[0]
   for ax, domain in zip(panels, names, strict=True):
     ax.axvline(metric["ideal"], color=INK, lw=1.1)
@@ -210,7 +210,7 @@ def _dot(ax: Axes, found: read.Estimate, height: int, style: dict) -> None:
   ax.errorbar(found.value, height, xerr=_whiskers(found), **style, ms=size, mec=PAPER, mew=0.7, lw=1.3)
 
 
-@_figure
+@figure
 def curves(results: Mapping) -> Figure | None:
   """The parts of each variant's loss over its steps: seeds thin, their mean thick."""
   rows = [row for row in read.trained(results) if any((results.get("curves") or {}).get(row["name"], {}).values())]
@@ -221,14 +221,14 @@ def curves(results: Mapping) -> Figure | None:
   parts = list(dict.fromkeys(part for at in points for part in at.get("parts") or {}))
   wide = min(3, len(rows))
   high = math.ceil(len(rows) / wide)
-  drawn = _canvas(0.75 + 2.05 * high)
+  drawn = canvas(0.75 + 2.05 * high)
   panels = drawn.subplots(high, wide, squeeze=False, sharex=True).ravel()
   lines = {}
   for ax, row in zip(panels, rows, strict=False):
     ax.set_title(shorten(read.label(row), 34) + (" (failed)" if row.get("failed") else ""))
     for i, part in enumerate(parts):
       style = {"color": COLORS[i % len(COLORS)], "ls": DASHES[i % len(DASHES)]}
-      if line := _seeds_and_mean(ax, runs[row["name"]], lambda at, part=part: (at.get("parts") or {}).get(part), style):
+      if line := seeds_and_mean(ax, runs[row["name"]], lambda at, part=part: (at.get("parts") or {}).get(part), style):
         lines.setdefault(part, line)
     ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     ax.yaxis.set_major_locator(MaxNLocator(5))
@@ -242,16 +242,16 @@ def curves(results: Mapping) -> Figure | None:
   return drawn
 
 
-@_figure
+@figure
 def validation(results: Mapping) -> Figure | None:
   """Stereotype score on the validation terms over the steps, where a curve's points carry `validation.ss`."""
   def score(at: Mapping) -> float | None:
     return (at.get("validation") or {}).get("ss")
 
-  drawn, ends = _canvas(3.6), []
+  drawn, ends = canvas(3.6), []
   ax = drawn.subplots()
   for i, row in enumerate(read.trained(results)):
-    if line := _seeds_and_mean(ax, (results.get("curves") or {}).get(row["name"], {}), score, look(i) | {"ms": 5}):
+    if line := seeds_and_mean(ax, (results.get("curves") or {}).get(row["name"], {}), score, look(i) | {"ms": 5}):
       ends.append((line, shorten(read.label(row))))
   if not ends:
     return None
@@ -264,7 +264,7 @@ def validation(results: Mapping) -> Figure | None:
   return drawn
 
 
-def _seeds_and_mean(ax: Axes, seeds: Mapping, value: Callable[[Mapping], float | None], style: dict):
+def seeds_and_mean(ax: Axes, seeds: Mapping, value: Callable[[Mapping], float | None], style: dict):
   """Each seed's line thin and the mean over the steps that all of them have thick; the thick line, or None."""
   found = [{at["step"]: y for at in curve if (y := read.finite(value(at))) is not None} for curve in seeds.values()]
   found = [curve for curve in found if curve]
