@@ -52,6 +52,7 @@ class Batch:
   kl_segment: jax.Array | None = None  # int32 [B, K]
   kl_target: jax.Array | None = None  # int32 [B, K], the text's own next token there
   ref_hidden: jax.Array | None = None  # float32 [B, K, D]
+  label: jax.Array | None = None  # int32 [B, S], class of a text that is classified, -1 = none
 
 
 @flax.struct.dataclass
