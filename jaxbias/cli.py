@@ -1,12 +1,14 @@
 """`python -m jaxbias VERB`: compare | train | plan | evaluate | score | report | convert | fetch.
 
-Nothing heavy is imported before a verb needs it, so that `--help` answers at once.
+Nothing heavy is imported before a verb needs it, so that `--help` answers at once. Several processes can be one run
+(`jaxbias/distributed.py`): all of them compute, the first one prints and writes.
 """
 
 from __future__ import annotations
 
 import argparse
 import errno
+import logging
 import os
 import shlex
 import sys
@@ -31,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, rest = _parser().parse_known_args(arguments)
     if stray := [a for a in rest if not a.startswith("--config.")]:
       raise UserError(f"`{options.verb}` cannot use `{stray[0]}`; `jaxbias {options.verb} --help` lists what it takes.")
+    _join(options)
     options.run(options, rest)
     return 0
   except UserError as error:
@@ -98,11 +101,13 @@ def _parser() -> argparse.ArgumentParser:
                  "a classifier's folder")
   p.add_argument("--out", metavar="FILE", type=Path, help="also write estimates, items, answers and provenance as JSON")
   p.add_argument("--list", action="store_true", help="name every benchmark, its data and metrics, and stop")
+  _processes(p)
 
   p = verb("score", _score, "log-probability of every option of anyone's rows")
   _model(p)
   p.add_argument("--rows", metavar="FILE", type=Path, required=True, help="JSON lines {id, context, options}")
   p.add_argument("--out", metavar="FILE", type=Path, required=True, help="{id: [[sum in nats, tokens], ...]}")
+  _processes(p)
 
   p = verb("report", _report, "write the tables, figures and page of a finished comparison again")
   p.add_argument("folder", type=Path, help="the comparison's workdir")
@@ -125,6 +130,14 @@ def _model(parser: argparse.ArgumentParser) -> None:
   parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32 on CPU, bfloat16 elsewhere")
 
 
+def _processes(parser: argparse.ArgumentParser) -> None:
+  group = parser.add_argument_group("several processes, as one run", "the same command for each, but for --process")
+  group.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens; or `auto`, where SLURM, Open "
+                     "MPI, Cloud TPU or GKE start the processes: then nothing else is needed")
+  group.add_argument("--processes", metavar="N", type=int, help="how many there are")
+  group.add_argument("--process", metavar="I", type=int, help="which one this is, from 0")
+
+
 def _check_names(arguments: Sequence[str]) -> None:
   """Raises UserError with the nearest name for a verb or a flag that does not exist, before anything is parsed."""
   verbs = next(a for a in _parser()._actions if isinstance(a, argparse._SubParsersAction)).choices
@@ -139,6 +152,20 @@ def _check_names(arguments: Sequence[str]) -> None:
     overrides = flag.startswith("--config.") and "--config" in flags
     if flag.startswith("--") and flag not in flags and not overrides:
       raise UserError(f"`{verb}` has no argument {flag}; {did_you_mean(flag, flags)}")
+
+
+def _join(options) -> None:
+  """Makes this process one of several, where the command line says so; all but the first print nothing but errors."""
+  given = [getattr(options, name, None) for name in ("coordinator", "processes", "process")]
+  if given == [None] * 3:
+    return
+  os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+  from jaxbias import distributed
+
+  distributed.initialize(*given)
+  if not distributed.first():
+    sys.stdout = open(os.devnull, "w")
+    logging.getLogger("jaxbias").setLevel(logging.ERROR)
 
 
 def _start_jax() -> None:

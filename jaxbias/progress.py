@@ -27,10 +27,11 @@ class Tracker:
   """Two bars: the phase in hand, counted in its own units, and the whole job, counted in tokens read or trained on.
 
   Token counts (a trained token as three read ones) make the time left honest across phases of different kinds.
+  `quiet` shows nothing: for all processes but the first.
   """
 
-  def __init__(self, job: str, total_cost: float):
-    self._console = Console(stderr=True, soft_wrap=True)
+  def __init__(self, job: str, total_cost: float, quiet: bool = False):
+    self._console = Console(stderr=True, soft_wrap=True, quiet=quiet)
     self._live = self._console.is_terminal
     self._bars = _Bars(
       TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(),

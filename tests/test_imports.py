@@ -15,17 +15,17 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = (
-  {"types", "config", "errors", "files", "hlo", "progress", "provenance"},
+  {"types", "config", "errors", "files", "distributed", "hlo", "progress", "provenance"},
   {"data"},
   {"mesh"},
   {"models"},
   {"losses", "interp"},
   {"methods", "train", "evals"},
-  {"report", "cli", "compare", "convert", "handle", "plan", "__main__"},
+  {"report", "cli", "compare", "convert", "finetune", "handle", "plan", "__main__"},
 )
 RANK = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms}
 NEVER = {  # room -> rooms that it must not know, whatever their layer
-  "data": {"files", "progress", "provenance"},
+  "data": {"distributed", "files", "progress", "provenance"},
   "losses": {"config"},
   "evals": {"train"},
 }

@@ -22,6 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxbias.data.rows import Prompt
 from jaxbias.data.tokens import Tokenizer
+from jaxbias.distributed import on_host, to_devices
 from jaxbias.errors import UserError
 from jaxbias.evals.sampling import Rules, Sampling, choose
 from jaxbias.losses.logprobs import logits
@@ -207,13 +208,14 @@ def _continue(model: LanguageModel, variables, rows: Sequence[_Row], shape: tupl
   """One batch: fill, decode, and between times a look at the texts that have stop strings."""
   B, _, N = shape
   fill, decode = programs(model.module, model.mesh)
-  arrays, rules = jax.device_put(_arrays(rows, shape), batch_sharding(model.mesh))
+  sharding = batch_sharding(model.mesh)
+  arrays, rules = to_devices(_arrays(rows, shape), sharding)
   state = fill(variables, arrays, N)
   eos, stopped, longest = model.config.eos_ids, np.zeros(B, bool), max(row.sampling.max_tokens for row in rows)
   look = STEPS_BETWEEN_LOOKS if any(row.sampling.stop for row in rows) else longest
   for until in range(look, longest + look, look):
-    state = decode(variables, state, rules, jax.device_put(stopped, batch_sharding(model.mesh)), min(until, longest))
-    written, done = jax.device_get((state.out, state.done))
+    state = decode(variables, state, rules, to_devices(stopped, sharding), min(until, longest))
+    written, done = on_host((state.out, state.done))
     texts = zip(rows, written[: len(rows)], strict=True)
     found = [_ending(model.tokenizer, row, tokens[tokens >= 0].tolist(), eos) for row, tokens in texts]
     stopped[: len(rows)] = [continuation.reason == "stop" for continuation in found]

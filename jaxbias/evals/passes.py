@@ -11,10 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from jaxbias.data.pipeline import PASS_TOKENS, Place, Segment, Shape, pack, packed_batches
+from jaxbias.distributed import on_host, to_devices
 from jaxbias.losses.logprobs import gather_positions, token_logprobs, token_statistics
 from jaxbias.mesh import batch_sharding, batch_shards
 from jaxbias.models.language_model import LanguageModel
@@ -53,10 +53,7 @@ def program(module: Transformer, mesh: Mesh, read: str) -> Callable:
   sharding = batch_sharding(mesh)
 
   def run(variables, arrays, slots):
-    if jax.process_count() > 1:  # every process has made the same arrays, and feeds the rows of its own devices
-      arrays = {name: jax.make_array_from_callback(x.shape, sharding, x.__getitem__) for name, x in arrays.items()}
-    else:
-      arrays = jax.device_put(arrays, sharding)
+    arrays = to_devices(arrays, sharding)
     return vectors(variables, arrays, slots) if read in POOLINGS else targets(variables, arrays)
 
   return run
@@ -91,7 +88,7 @@ def read(
 
   def collect(indices, places, values):
     nonlocal out
-    values = _on_host(jax.tree.leaves(values))
+    values = on_host(jax.tree.leaves(values))
     out = out or tuple(np.empty((first[-1], *leaf.shape[2:]), leaf.dtype) for leaf in values)
     for i, at in zip(indices, places, strict=True):
       begin = at.s if what in POOLINGS else at.p
@@ -107,12 +104,6 @@ def read(
   for batch in pending:
     collect(*batch)
   return out or (np.zeros(0, np.float32),), [shape for *_, shape in batches]
-
-
-def _on_host(arrays: Sequence[jax.Array]) -> list[np.ndarray]:
-  if jax.process_count() > 1:
-    return [np.asarray(multihost_utils.process_allgather(x, tiled=True)) for x in arrays]
-  return jax.device_get(arrays)
 
 
 def in_rows(rows: int, segments: int, advance: Callable[[int], None]) -> Callable[[int], None]:

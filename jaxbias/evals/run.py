@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from jaxbias import provenance
+from jaxbias import distributed, provenance
 from jaxbias.data import fields
 from jaxbias.data.rows import Choice, Prompt
 from jaxbias.errors import UserError
@@ -80,8 +80,9 @@ def evaluate(
 ) -> tuple[list[Table], list[str]]:
   """Tables of the benchmarks `names` for one model, and what was wrong with rows that had to be left out.
 
-  data: sources as `datafiles.sources` reads them. `out` is written anew after each benchmark. Raises UserError for what
-  cannot be begun: a name, data or a model that is not there, or a model that a benchmark cannot ask.
+  data: sources as `datafiles.sources` reads them. `out` is written anew after each benchmark, by the first process
+  alone. Raises UserError for what cannot be begun: a name, data or a model that is not there, or a model that a
+  benchmark cannot ask.
   """
   tasks = _tasks(names, scorer)
   if out and out.is_dir():
@@ -92,7 +93,8 @@ def evaluate(
   for task in tasks:
     _check(task, model)
   wrong: dict[str, None] = {}
-  with Tracker("evaluate", sum(_cost(row) for row in _distinct(found)) or 1.0) as tracker:
+  cost = sum(_cost(row) for row in _distinct(found)) or 1.0
+  with Tracker("evaluate", cost, quiet=not distributed.first()) as tracker:
     asker = Asker(model, truncate, tracker)
     for measured in found:
       try:
@@ -101,7 +103,7 @@ def evaluate(
       except UserError as error:
         refused = [f"{measured.task.name}: {error}"]
       wrong |= dict.fromkeys([*measured.reading.malformed, *refused])
-      if out:
+      if out and distributed.first():
         write_json(out, _plain(_record(source, model, asker, [m for m in found if m.result], command, list(wrong))))
   title = f"{model.name} in {model.config.dtype}"
   return show.tables(title, [(m.task, m.about, m.result) for m in found if m.result]), list(wrong)
@@ -270,9 +272,11 @@ def _plain(value: Any) -> Any:
 
 
 def score_rows(source: str, rows: Sequence[Choice], out: Path, dtype: str | None) -> None:
-  """Write {id: [[sum, tokens], ...]} for `rows`, in their order."""
+  """Write {id: [[sum, tokens], ...]} for `rows`, in their order; the first process does."""
   model = language_model.load(source, dtype)
   encoded = encode(rows, model.tokenizer, model.config.max_positions)
-  with Tracker("scoring", 1.0) as tracker:
+  with Tracker("scoring", 1.0, quiet=not distributed.first()) as tracker:
     tracker.phase("score", len(rows), 1.0)
-    write_json(out, score(model, encoded, advance=tracker.advance))
+    scores = score(model, encoded, advance=tracker.advance)
+  if distributed.first():
+    write_json(out, scores)
