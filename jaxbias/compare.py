@@ -92,7 +92,7 @@ class Comparison:
     if chosen.name == "signed":
       controller = Signed(chosen.every, chosen.hysteresis, chosen.tolerance)
     else:
-      controller = Published(chosen.script, max_steps=self.config.train.steps)
+      controller = Published(chosen.script, max_steps=self.config.train.steps, processes=chosen.processes)
     return Control(controller, look, start_lms=look({})[1])
 
   def shapes(self) -> dict[Objective, Shape]:
@@ -133,7 +133,7 @@ def prepare(config, workdir: Path, command: str) -> Comparison:
   specs = {name: plain["variants"][name] for name in configs.compared(config)}
   parsed = {name: parse(spec["losses"]) for name, spec in specs.items()}
   recipes = {name: methods.get(spec["method"]).recipe for name, spec in specs.items()}
-  data = sources.load(config.data.source, config.data.split_file or None)
+  data = sources.load(config.data.source, config.data.split_file or None, tuple(config.data.tasks))
   if config.data.groups:
     data = dataclasses.replace(data, train=dataclasses.replace(data.train, groups=read_groups(config.data.groups)))
   claim(workdir, plain, command)
@@ -176,10 +176,10 @@ def run(job: Comparison, command: str) -> dict:
       _evaluate(job, "base", job.trainer.adapters(job.trainer.initial_state(0)), tracker, {})
     control = job.control() if todo else None
     for variant, seed in todo:
-      name = f"{variant.name}-seed{seed}"
+      name, factor = f"{variant.name}-seed{seed}", variant.spec.get("adapter_scale", 1.0)
       spec = Run(job.workdir / name, {**job.plain, "variant": variant.name, "seed": seed}, variant.objective,
-                 variant.coefficients, job.sampler(variant, seed, ref), shapes[variant.objective],
-                 control)  # fmt: skip
+                 variant.coefficients, job.sampler(variant, seed, ref), shapes[variant.objective], control,
+                 factor)  # fmt: skip
       spec.folder.mkdir(parents=True, exist_ok=True)
       tracker.phase(f"train {name}", steps, train_cost[variant.objective])
       try:
@@ -191,7 +191,7 @@ def run(job: Comparison, command: str) -> dict:
       records = read_jsonl(spec.folder / "metrics.jsonl")
       spent = {"seconds": sum(r["seconds"] for r in records), "tokens": sum(r["tokens"] for r in records)}
       tracker.phase(f"evaluate {name}", _texts_evaluated(job), evaluation_cost)
-      _evaluate(job, name, scaled(job.trainer.adapters(state), variant.spec.get("adapter_scale", 1.0)), tracker, spent)
+      _evaluate(job, name, scaled(job.trainer.adapters(state), factor), tracker, spent)
   results = summarise(job, failures, command)
   write_json(job.workdir / "results.json", results)
   return results

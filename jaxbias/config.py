@@ -43,6 +43,7 @@ def defaults() -> ConfigDict:
   }
   c.data = {
     "source": "builtin",  # or a path to StereoSet's own JSON
+    "tasks": ("intrasentence",),  # of StereoSet, to train on; intersentence: continuations of a context
     "groups": "",  # a JSONL file of positives and negatives, see docs/data.md; empty = made from the triples
     "split_file": "",  # target terms of each split, for StereoSet; empty = by the hash rule of docs/data.md
   }
@@ -74,6 +75,7 @@ def defaults() -> ConfigDict:
     "hysteresis": 1.0,  # signed: points around 50 within which nothing is exchanged
     "tolerance": 2.0,  # signed: done when every type is this near to 50
     "script": "train",  # published: train (GPT-2) or train_7b
+    "processes": 1,  # published: GPUs of the script's run; its learning-rate schedules depend on them
   }
   c.seeds = (0,)
   c.variants = {}  # name -> {"method", "label", "losses", "learning_rate_scale"}; see jaxbias.methods.variant
@@ -174,7 +176,8 @@ def validate(config: ConfigDict) -> None:
   """Raises UserError for the first value that no run could use."""
   t = config.train
   positive = {f"train.{key}": t[key] for key in ("steps", "learning_rate", "clip_norm", "checkpoint_every")}
-  for key, value in (positive | {"eval.bootstrap_draws": config.eval.bootstrap_draws}).items():
+  positive |= {"eval.bootstrap_draws": config.eval.bootstrap_draws, "control.processes": config.control.processes}
+  for key, value in positive.items():
     if not value > 0:
       raise UserError(f"{key} = {value}; it must be positive.")
   if not 0 <= t.warmup_steps <= t.steps:

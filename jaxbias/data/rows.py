@@ -22,7 +22,8 @@ class Triple:
 
   `sentences` are whole texts in the order of `LABELS`. `prefix` is the number of characters before the
   filling (the blank's position, without the space before it): what comes after it is the answer span.
-  In the intersentence task the sentences follow `context`, which has no BLANK, and `prefix` is 0.
+  In the intersentence task the sentences follow `context`, which has no BLANK, and `prefix` is 0; as texts to be
+  trained on they are whole, too, context and all, and `prefix` is the context's length.
   """
 
   id: str

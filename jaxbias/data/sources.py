@@ -26,21 +26,34 @@ from jaxbias.errors import UserError, did_you_mean
 BLANK = "BLANK"
 DOMAINS = ("gender", "profession", "race", "religion")
 SPLITS = ("train", "validation", "test")
+TASKS = ("intrasentence", "intersentence")  # StereoSet's
 
 TermSplit = dict[str, dict[str, list[str]]]  # domain -> split -> target terms
 Row = TypeVar("Row")
 
 
-def load(name_or_path: str | os.PathLike[str], split_file: str | os.PathLike[str] | None = None) -> DataSet:
+def load(
+  name_or_path: str | os.PathLike[str], split_file: str | os.PathLike[str] | None = None,
+  tasks: Sequence[str] = TASKS[:1],
+) -> DataSet:  # fmt: skip
   """`builtin`, or the path of a StereoSet JSON file, whose intrasentence triples are split by target term.
 
   `split_file` holds {"domains": {domain: {"train": [terms], "valid": [...], "test": [...]}}}; without one the terms
   are split by `hash_split`. Triples that `usable_for_training` refuses leave the train split, and only that one. The
   general text of a StereoSet run is the built-in one.
+
+  `tasks`: those of `TASKS` whose triples are trained on; validation and test are intrasentence whatever is trained on.
+  Intersentence triples go by the same terms and are read as `whole` texts.
   """
+  if unknown := next((task for task in tasks if task not in TASKS), ""):
+    raise UserError(f"StereoSet has no task `{unknown}`; {did_you_mean(unknown, TASKS)}")
+  if not tasks:
+    raise UserError(f"data.tasks is empty; name at least one of {', '.join(TASKS)}.")
   if name_or_path == "builtin":
     if split_file:
       raise UserError(f"the built-in data has a split of its own: leave out `{split_file}`.")
+    if tuple(tasks) != TASKS[:1]:
+      raise UserError("the built-in data has no intersentence triples; give StereoSet's JSON.")
     return read_folder(resources.files("jaxbias.data.builtin"), name="builtin")
   path = Path(name_or_path).expanduser()
   if not path.exists():
@@ -54,8 +67,12 @@ def load(name_or_path: str | os.PathLike[str], split_file: str | os.PathLike[str
     logging.getLogger(__name__).warning(
       "%s: %d of %d train triples are left out, their blank is doubled or has no space before it.",
       path.name, len(parts["train"]) - len(usable), len(parts["train"]))
+  train = usable if TASKS[0] in tasks else ()
+  if TASKS[1] in tasks:
+    continuations = map(whole, stereoset_continuations(path))
+    train += _partition_triples(tuple(continuations), terms, where=split_file or path)["train"]
   general = load("builtin")
-  return _data_set(path.name, parts | {"train": usable}, {name: getattr(general, name).texts for name in SPLITS})
+  return _data_set(path.name, parts | {"train": train}, {name: getattr(general, name).texts for name in SPLITS})
 
 
 def read_folder(folder: Traversable, name: str) -> DataSet:
@@ -82,6 +99,12 @@ def stereoset_triples(path: File) -> list[Triple]:
 def stereoset_continuations(path: File) -> list[Triple]:
   """The intersentence triples: three sentences that may follow `context`, which has no BLANK; all of each is answer."""
   return _stereoset(path, "intersentence", _stereoset_continuation)
+
+
+def whole(triple: Triple) -> Triple:
+  """An intersentence triple as texts to be trained on: its sentences behind their context, which is no answer."""
+  texts = tuple(f"{triple.context} {sentence}" for sentence in triple.sentences)
+  return dataclasses.replace(triple, sentences=texts, prefix=len(triple.context))
 
 
 def usable_for_training(triple: Triple) -> bool:

@@ -16,8 +16,8 @@ class Phase:
   """What is trained until the evaluation at step `until`.
 
   only: the one bias type that is trained, "" for all. swapped: types whose forget and retain sets have changed roles.
-  rate: share of the peak learning rate. schedule_steps, warmup_steps: of the schedule that begins with this phase, 0
-  where the run's own goes on; a phase that begins one starts with fresh optimizer moments, too.
+  rate: share of the peak learning rate. schedule_steps, warmup_steps: of the schedule that began at step `began`, 0
+  for the run's own; a phase that begins one starts with fresh optimizer moments, too.
   """
 
   until: int
@@ -25,8 +25,8 @@ class Phase:
   swapped: tuple[str, ...] = ()
   rate: float = 1.0
   began: int = 0
-  schedule_steps: int = 0
-  warmup_steps: int = 0
+  schedule_steps: float = 0
+  warmup_steps: float = 0
   done: bool = False
 
   def to_json(self) -> dict[str, Any]:
@@ -74,11 +74,16 @@ class Published:
   Behind a first phase on all types, each phase trains the one type that is furthest from its centre, swapped where its
   score lies below it; ties go to the first type. Evaluations are at global steps that the cadence divides. `order`: the
   types as the scripts have them, which decides ties and centres.
+
+  Every step advances the scripts' learning-rate schedules by as many ticks as there are `processes`, while the first
+  one's length grows with them: there its warm-up is what shortens. (The scripts also bound that length by three epochs
+  of stereotypes, which all of StereoSet never reaches.)
   """
 
   script: str = "train"
   order: tuple[str, ...] = ("gender", "profession", "race", "religion")
   max_steps: int = 1000
+  processes: int = 1
 
   @property
   def centres(self) -> dict[str, float]:
@@ -87,7 +92,8 @@ class Published:
 
   def first(self) -> Phase:
     """50 is the scripts' first cadence; train.py does not look before step 100."""
-    return Phase(until=100 if self.script == "train" else 50)
+    until = 100 if self.script == "train" else 50
+    return Phase(until, schedule_steps=1.2 * self.max_steps, warmup_steps=10 / self.processes)
 
   def next(self, phase: Phase, step: int, scores: Mapping[str, float]) -> Phase:
     """Scores are compared as the scripts have them, rounded to two decimals."""
@@ -100,9 +106,9 @@ class Published:
     every = self._every(gaps[worst], step)
     until = (step // every + 1) * every
     if self.script == "train_7b":  # optimizer and schedule go on
-      return dataclasses.replace(phase, until=until, only=worst, swapped=swapped, began=step)
-    rate, length = (1.0, 1000 if step >= 400 else 3000) if gaps[worst] > 5 else (0.8, 200)
-    return Phase(until, worst, swapped, rate, step, length, warmup_steps=5)
+      return dataclasses.replace(phase, until=until, only=worst, swapped=swapped)
+    rate, ticks = (1.0, 1000 if step >= 400 else 3000) if gaps[worst] > 5 else (0.8, 200)
+    return Phase(until, worst, swapped, rate, step, ticks / self.processes, 5 / self.processes)
 
   def _every(self, gap: float, step: int) -> int:
     size = 0 if gap > 5 else 1 if gap > 3 else 2

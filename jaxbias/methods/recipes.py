@@ -33,6 +33,7 @@ class Recipe:
   """The texts of each role. With `paired`, forget[i] and retain[i] are the two fillings of one triple.
 
   `mismatched`: the prefix of one text with the answer of another, by which KTO estimates how far the model has moved.
+  `alone`: what is read instead while a controller trains one bias type alone; None where that is the same texts.
   """
 
   forget: tuple[Row, ...]
@@ -40,6 +41,7 @@ class Recipe:
   general: tuple[Row, ...]
   paired: bool
   mismatched: tuple[Row, ...] = ()
+  alone: Recipe | None = None
 
   def rows(self, role: str) -> tuple[Row, ...]:
     return getattr(self, role)
@@ -64,6 +66,11 @@ def stereotype_row(triple: Triple) -> Row:
 
 def anti_stereotype_row(triple: Triple) -> Row:
   return Row(f"{triple.id}/anti-stereotype", triple.anti_stereotype, triple.prefix, triple.domain)
+
+
+def unrelated_row(triple: Triple) -> Row:
+  """As general text: all of it counts, and it has no bias type."""
+  return Row(f"{triple.id}/unrelated", triple.unrelated, 0)
 
 
 def general_rows(split: Split) -> tuple[Row, ...]:

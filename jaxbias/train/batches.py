@@ -43,6 +43,7 @@ class Texts:
   rows: Mapping[str, tuple[Row, ...]]
   segments: Mapping[str, tuple[Segment, ...]]
   paired: bool
+  alone: Texts | None = None  # as in a Recipe
 
   @property
   def grouped(self) -> bool:
@@ -58,13 +59,16 @@ class Texts:
     return [out[number] for number in sorted(out)]
 
   def all_segments(self) -> list[Segment]:
-    return [segment for role in self.segments for segment in self.segments[role]]
+    mine = [segment for role in self.segments for segment in self.segments[role]]
+    return mine + (self.alone.all_segments() if self.alone else [])
 
   def in_phase(self, phase: Phase) -> Texts:
     """The texts of the phase's bias type (or of all), forget and retain exchanged for the types that are swapped.
 
     Texts without a type stay as they are. Raises UserError for a role that would have no text left.
     """
+    if phase.only and self.alone:
+      return self.alone.in_phase(phase)
     both = {role: list(zip(self.rows[role], self.segments[role], strict=True)) for role in self.rows}
     if not {"forget", "retain"} <= both.keys():
       raise UserError("a controller exchanges the roles forget and retain; this objective does not read both.")
@@ -100,7 +104,8 @@ def tokenise(recipe: Recipe, objective: Objective, tokenizer: Tokenizer, max_pos
     role: tuple(_segment(row, tokenizer, max_positions, role, objective) for row in members)
     for role, members in rows.items()
   }
-  return Texts(rows, segments, recipe.paired)
+  alone = tokenise(recipe.alone, objective, tokenizer, max_positions) if recipe.alone else None
+  return Texts(rows, segments, recipe.paired, alone)
 
 
 def _segment(row: Row, tokenizer: Tokenizer, max_positions: int, role: str, objective: Objective) -> Segment:
@@ -151,7 +156,11 @@ class Sampler:
   shards: int
 
   def in_phase(self, phase: Phase) -> Sampler:
-    return dataclasses.replace(self, texts=self.texts.in_phase(phase))
+    """Where the only type is swapped, forget and retain exchange their counts, too, as in BiasUnlearn's scripts."""
+    counts = dict(self.counts)
+    if phase.only in phase.swapped:
+      counts |= {"forget": self.counts["retain"], "retain": self.counts["forget"]}
+    return dataclasses.replace(self, texts=self.texts.in_phase(phase), counts=counts)
 
   def members(self, step: int) -> list[tuple[str, int]]:
     """(role, index of the text) of every segment of a step; the twins of a pair are drawn together."""

@@ -18,6 +18,7 @@ import optax
 from jaxbias.files import replace
 from jaxbias.mesh import replicated
 from jaxbias.methods.controllers import Controller, Phase, better
+from jaxbias.models.lora import scaled
 from jaxbias.train.checkpoint import Checkpoints
 from jaxbias.train.metrics import read_jsonl
 from jaxbias.types import TrainState
@@ -72,9 +73,9 @@ class Guide:
     return self.trainer.optimizer(self.phase.schedule_steps, self.phase.warmup_steps)
 
   def look(self, state: TrainState) -> TrainState:
-    """Evaluate, decide, write it down; returns the state with which training goes on."""
+    """Evaluate the model that the run would end with, decide, write it down; returns the state to go on with."""
     step = int(state.step)
-    scores, lms = self.run.control.look(self.trainer.adapters(state))
+    scores, lms = self.run.control.look(scaled(self.trainer.adapters(state), self.run.adapter_scale))
     drop = self.run.control.start_lms - lms
     best = self.best and (self.best["scores"], self.best["lms_drop"])
     if better((scores, drop), best):

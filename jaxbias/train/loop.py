@@ -49,6 +49,7 @@ class Run:
   sampler: Sampler
   shape: Shape
   control: Control | None = None
+  adapter_scale: float = 1.0  # of the model that is looked at, as of the one that is reported
 
 
 @dataclasses.dataclass(frozen=True)

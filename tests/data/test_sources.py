@@ -223,6 +223,63 @@ def test_a_file_that_is_not_there_and_one_that_is_a_folder(tmp_path):
   assert "has a split of its own" in message(sources.load, "builtin", "split.json")
 
 
+# Intersentence triples as texts to be trained on.
+
+
+def both_tasks(path: Path, more: dict | None = None) -> Path:
+  """Six terms with a triple of each task; `more` changes the last intersentence record."""
+  follows = [record(f"x{i}", f"term {i}", context="It rains.") for i in range(6)]
+  for one in follows:
+    for sentence in one["sentences"]:
+      sentence["sentence"] = f"So it is {sentence['gold_label']}."
+  follows[-1] |= more or {}
+  path.write_text(json.dumps({"data": {"intrasentence": six_terms(), "intersentence": follows}}))
+  return path
+
+
+def test_a_continuation_is_a_whole_text_whose_answer_is_the_continuation(tmp_path):
+  triple = sources.whole(sources.stereoset_continuations(both_tasks(tmp_path / "s.json"))[0])
+  assert triple.sentences == tuple(f"It rains. So it is {label}." for label in LABELS)
+  assert {text[triple.prefix :] for text in triple.sentences} == {f" So it is {label}." for label in LABELS}
+
+
+def test_the_tasks_to_train_on_change_the_train_split_alone(tmp_path, toy_built_in):
+  path = both_tasks(tmp_path / "s.json")
+  intra, inter, both = (sources.load(path, tasks=tasks) for tasks in (
+    sources.TASKS[:1], sources.TASKS[1:], sources.TASKS))
+  assert intra == sources.load(path) and len(intra.train.triples) == 3
+  assert both.train.triples == intra.train.triples + inter.train.triples
+  assert both.validation == inter.validation == intra.validation and both.test == inter.test == intra.test
+  assert {t.term for t in inter.train.triples} == {t.term for t in intra.train.triples}, "terms are split once"
+  assert len({data.fingerprint for data in (intra, inter, both)}) == 3
+
+
+@pytest.mark.parametrize(("source", "tasks", "said"), [
+  ("s.json", ("intersentance",), "StereoSet has no task `intersentance`; did you mean `intersentence`?"),
+  ("s.json", (), "data.tasks is empty; name at least one of intrasentence, intersentence."),
+  ("builtin", sources.TASKS, "the built-in data has no intersentence triples; give StereoSet's JSON."),
+])
+def test_tasks_that_cannot_be_trained_on(tmp_path, source, tasks, said):
+  path = both_tasks(tmp_path / source)
+  assert message(sources.load, source if source == "builtin" else path, None, tasks) == said
+
+
+def test_a_continuation_of_a_term_in_no_split_is_named(tmp_path):
+  path = both_tasks(tmp_path / "s.json", {"target": "term 9"})
+  assert message(sources.load, path, None, sources.TASKS) == f"{path}: term `term 9` is in no split."
+
+
+@needs_stereoset
+def test_all_continuations_of_train_terms_are_read(toy_built_in):
+  triples = sources.load(DEV, TERM_SPLIT, sources.TASKS).train.triples
+  continuations = [t for t in triples if "BLANK" not in t.context]
+  assert len(triples) - len(continuations) == 1077
+  terms = {t.term for t in triples[:1077]}
+  every = sources.stereoset_continuations(DEV)
+  assert [t.id for t in continuations] == [t.id for t in every if t.term in terms]
+  assert all(t.sentences[0][: t.prefix + 1] == f"{t.context} " for t in continuations)
+
+
 # Rows to be scored.
 
 

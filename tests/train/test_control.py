@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from jaxbias import cli
+from jaxbias.compare import Comparison
 from jaxbias.data.pipeline import text_segment
 from jaxbias.errors import UserError
 from jaxbias.methods.controllers import Phase
@@ -114,6 +115,23 @@ def test_what_decides_may_not_be_what_is_reported(tiny, tmp_path, controlled, ca
   assert "control.split = eval.split = `test`" in capsys.readouterr().err
 
 
+def test_the_controller_looks_at_the_model_that_is_reported(controlled, tiny, tmp_path):
+  """`adapter_scale` multiplies the adapters (alpha 16, rank 2) that are looked at, too."""
+  seen = []
+  real = Comparison.control
+
+  def control(job):
+    found = real(job)
+    noted = lambda adapters: seen.append(np.unique(adapters["lora_scale"]["scale"])) or found.look(adapters)
+    return dataclasses.replace(found, look=noted)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(Comparison, "control", control)
+    settings = {"train.steps": 2, "variants.biasunlearn.adapter_scale": 0.25}
+    assert cli.main(command(tiny, tmp_path / "scaled", **settings)) == 0
+  assert [scale.tolist() for scale in seen] == [[2.0]]
+
+
 def test_a_phase_with_its_own_schedule_starts_with_fresh_moments(controlled, tiny, tmp_path):
   """train.py's rule: behind the first look the optimizer and its schedule begin anew, at the phase's rate."""
   from jaxbias.methods import controllers
@@ -121,7 +139,7 @@ def test_a_phase_with_its_own_schedule_starts_with_fresh_moments(controlled, tin
 
   seen = []
   real = controllers.Published("train", order=("gender", "race"), max_steps=100)
-  early = lambda script, max_steps: type("Early", (), {
+  early = lambda script, max_steps, processes: type("Early", (), {
     "first": lambda self: Phase(until=2),
     "next": lambda self, phase, step, scores: dataclasses.replace(real.next(phase, step, scores), until=step + 3),
   })()  # fmt: skip
