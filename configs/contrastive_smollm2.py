@@ -1,9 +1,11 @@
 """Contrastive debiasing of SmolLM2-135M-Instruct on the built-in triples, beside cross-entropy of the same positives.
 
-  python -m jaxbias compare --config=configs/contrastive_smollm2.py --workdir=runs/contrastive
+  python -m jaxbias groups --config=configs/contrastive_smollm2.py --out=groups.jsonl
+  python -m jaxbias compare --config=configs/contrastive_smollm2.py --config.data.groups=groups.jsonl \
+    --workdir=runs/contrastive
 
-Groups are made from the triples without another model (jaxbias/methods/contrastive.py); for your own, with
-back-translations and refilled masks, see docs/data.md and set data.groups. Source: Korkmaz et al. 2025, sections 3-4;
+The first command makes the groups with the model itself (refilled, regenerated and unsure texts); without it they are
+made from the triples alone (jaxbias/methods/contrastive.py). For your own, with back-translations, see docs/data.md. Source: Korkmaz et al. 2025, sections 3-4;
 differences in docs/losses.md. `contrastive_ce_only` answers whether a gain is the contrast's or the texts'.
 """
 

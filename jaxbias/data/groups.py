@@ -48,7 +48,9 @@ def write_groups(path: Path, groups: Iterable[Group]) -> None:
         "id": member.id, "group": group.id, "source": group.source, "text": member.text, "polarity": polarity,
         "kind": member.kind, "entities": member.entities, "toxicity": member.toxicity,
       }) for member in members]  # fmt: skip
-  path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+  temporary = path.with_name(f".{path.name}.tmp")
+  temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+  temporary.replace(path)  # whole, or not there
 
 
 @dataclasses.dataclass(frozen=True)
