@@ -5,8 +5,9 @@
     --workdir=runs/contrastive
 
 The first command makes the groups with the model itself (refilled, regenerated and unsure texts); without it they are
-made from the triples alone (jaxbias/methods/contrastive.py). For your own, with back-translations, see docs/data.md. Source: Korkmaz et al. 2025, sections 3-4;
-differences in docs/losses.md. `contrastive_ce_only` answers whether a gain is the contrast's or the texts'.
+made from the triples alone (jaxbias/methods/contrastive.py). For your own, with back-translations, see docs/data.md.
+Source: Korkmaz et al. 2025, sections 3-4; differences in docs/losses.md. `contrastive_ce_only` answers whether a gain
+is the contrast's or the texts'.
 """
 
 from jaxbias import methods
@@ -16,7 +17,7 @@ from jaxbias.config import defaults
 def get_config():
   c = defaults()
   c.title = "Contrastive debiasing of SmolLM2-135M-Instruct"
-  c.seeds = (0,)
+  c.seeds = (0, 1, 2)
   c.compare = ("contrastive", "contrastive_ce_only")
   c.train.steps = 20
   c.train.warmup_steps = 2
