@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from jaxbias import plan as planning
+from jaxbias.config import from_command_line
 from jaxbias.hlo import collective_bytes
 
 ROOT = Path(__file__).parents[1]
@@ -64,6 +66,24 @@ def test_the_table_is_for_a_person(found):
                "8 rows of 32 tokens", "temporaries are an estimate"):  # fmt: skip
     assert said in " ".join(done.stdout.split()), said
   assert done.stderr.count("replicated: vocab (199 over tensor=2) of embedding.") == 1
+
+
+def test_the_program_is_as_long_for_twelve_layers_as_for_three(tmp_path, monkeypatch):
+  """So compiling it takes as long: what is compiled is one layer, and how often it turns."""
+  lengths = {}
+
+  def stop_before_compiling(lowered):
+    lengths[layers] = len(lowered.as_text().splitlines())
+    raise InterruptedError
+
+  monkeypatch.setattr(planning, "_compile", stop_before_compiling)
+  settings = from_command_line(["--config=configs/quickstart.py", "--config.lora.rank=2"])[0]
+  for layers in (3, 12):
+    config = tmp_path / f"{layers}.json"
+    config.write_text(json.dumps(json.loads(LLAMA.read_text()) | {"num_hidden_layers": layers}))
+    with pytest.raises(InterruptedError):
+      planning.plan(settings, str(config), "biasunlearn", length=32)
+  assert lengths[3] == lengths[12] > 1000
 
 
 @pytest.mark.parametrize("arguments, said", [
