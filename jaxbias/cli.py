@@ -1,4 +1,4 @@
-"""`python -m jaxbias VERB`: compare | train | plan | evaluate | score | report | convert | fetch.
+"""`python -m jaxbias VERB`: compare | train | plan | evaluate | finetune | score | report | convert | fetch.
 
 Nothing heavy is imported before a verb needs it, so that `--help` answers at once. Several processes can be one run
 (`jaxbias/distributed.py`): all of them compute, the first one prints and writes.
@@ -7,6 +7,7 @@ Nothing heavy is imported before a verb needs it, so that `--help` answers at on
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import errno
 import logging
 import os
@@ -103,6 +104,26 @@ def _parser() -> argparse.ArgumentParser:
   p.add_argument("--list", action="store_true", help="name every benchmark, its data and metrics, and stop")
   _processes(p)
 
+  p = verb("finetune", _finetune, "teach a model SST-2 or RTE, and measure its accuracy (docs/downstream.md)")
+  _model(p)
+  p.add_argument("--task", metavar="NAME", required=True, help="sst2 or rte")
+  p.add_argument("--data", metavar="SOURCE", action="append", required=True, help="a folder with train and dev tables, "
+                 "hf:NAME[:CONFIG] or tfds:NAME; or both of train=SOURCE and dev=SOURCE")
+  p.add_argument("--workdir", metavar="DIR", type=Path, required=True, help="where the result goes, and "
+                 "a run for each seed that --model takes")
+  p.add_argument("--seeds", metavar="N[,N]", type=_numbers, default=(0, 1, 2), help="default: 0,1,2")
+  p.add_argument("--train-limit", metavar="N", type=int, default=1000, help="train on the first N examples; default "
+                 "1000, 0 for all")
+  p.add_argument("--limit", metavar="N", type=int, default=0, help="answer only the first N; default: all")
+  p.add_argument("--rank", metavar="R", type=int, default=8, help="of the LoRA adapters; 0: none; default 8")
+  p.add_argument("--base", metavar="LEAF[,LEAF]", type=_names, default=(), help="parameters of the base that train, as "
+                 "`*` or `layers/mlp/*`; default: none")
+  p.add_argument("--learning-rate", metavar="X", type=float, default=0.0, help="at its peak; default 5e-4, and "
+                 "2e-5 with --base")
+  p.add_argument("--epochs", metavar="X", type=float, default=3.0, help="default 3")
+  p.add_argument("--batch", metavar="N", type=int, default=32, help="examples in a step; default 32")
+  p.add_argument("--max-length", metavar="N", type=int, default=128, help="tokens of an example; default 128")
+
   p = verb("score", _score, "log-probability of every option of anyone's rows")
   _model(p)
   p.add_argument("--rows", metavar="FILE", type=Path, required=True, help="JSON lines {id, context, options}")
@@ -136,6 +157,17 @@ def _processes(parser: argparse.ArgumentParser) -> None:
                      "MPI, Cloud TPU or GKE start the processes: then nothing else is needed")
   group.add_argument("--processes", metavar="N", type=int, help="how many there are")
   group.add_argument("--process", metavar="I", type=int, help="which one this is, from 0")
+
+
+def _names(text: str) -> tuple[str, ...]:
+  return tuple(name.strip() for name in text.split(","))
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+  try:
+    return tuple(map(int, text.split(",")))
+  except ValueError:
+    raise argparse.ArgumentTypeError(f"`{text}` has to be whole numbers, such as 0,1,2") from None
 
 
 def _check_names(arguments: Sequence[str]) -> None:
@@ -273,6 +305,24 @@ def _evaluate(options, rest: Sequence[str]) -> None:
     _print(table)
   if wrong:
     raise run.failure(wrong, options.out)
+
+
+def _finetune(options, rest: Sequence[str]) -> None:
+  from jaxbias.data import glue
+
+  glue.get(options.task)
+  _start_jax()
+  from jaxbias import finetune
+
+  chosen = (field.name for field in dataclasses.fields(finetune.Settings))
+  settings = finetune.Settings(**{name: getattr(options, name) for name in chosen})
+  table, failed = finetune.finetune(
+    options.model, options.task, options.data, settings, options.workdir, options.dtype, _command()
+  )
+  _print(table)
+  print(f"\nresult: {options.workdir / finetune.RESULT}")
+  if failed:
+    raise UserError("\n  ".join(failed))
 
 
 def _score(options, rest: Sequence[str]) -> None:
