@@ -115,6 +115,8 @@ def plan(config, source: str, variant: str | None = None, batch: int = 0, length
   traced = {"learning_rate": 0.0, "losses": coefficients}
   frozen = {"params": model.params, "lora_scale": jax.tree.map(lambda x: _like(x, whole), trainer.scale)}
   traced = jax.tree.map(lambda _: jax.ShapeDtypeStruct((), jnp.float32, sharding=whole), traced)
+  if config.lora.dropout:
+    traced["dropout_key"] = _like(jax.eval_shape(lambda: jax.random.key(0)), whole)
   began = time.perf_counter()
   lowered = trainer.step_for(objective).lower(state, frozen, rows, traced)
   compiled, text = _compile_for_tpu(lowered, tpu) if tpu else _compile(lowered)
