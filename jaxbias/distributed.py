@@ -6,6 +6,8 @@ writes. One process is the case in which nothing here does anything.
 
 from __future__ import annotations
 
+import socket
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,8 +29,8 @@ def initialize(
   """Join the other processes, before anything is computed; nothing happens where no argument is given.
 
   coordinator: HOST:PORT of process 0, the same for all, or "auto": `jax.distributed` finds all three by itself.
-  timeout: seconds in which the others have to come.
-  Raises UserError for arguments that do not make one run, and where the others cannot be reached.
+  timeout: seconds in which the others have to come; where process 0 misses one, the runtime ends it with a message.
+  Raises UserError for arguments that do not make one run, and where process 0 cannot be reached.
   """
   given = (coordinator, processes, process)
   if given == (None, None, None):
@@ -37,13 +39,13 @@ def initialize(
     _check(coordinator, processes, process)
   elif given != (AUTO, None, None):
     raise UserError(f"--coordinator={AUTO} finds the number of processes itself; leave out --processes and --process.")
-  address = None if coordinator == AUTO else coordinator
+  if process:
+    _wait_for(coordinator, timeout)
   try:
-    jax.distributed.initialize(address, processes, process, initialization_timeout=timeout)
-  except (RuntimeError, ValueError) as error:  # JaxRuntimeError is a RuntimeError
-    why = str(error).splitlines()[0]
-    found = "no launcher was found" if coordinator == AUTO else f"process {process} found no others at {coordinator}"
-    raise UserError(f"{found} ({why}); {NEEDED}.") from None
+    jax.distributed.initialize(None if coordinator == AUTO else coordinator, processes, process,
+                               initialization_timeout=timeout)  # fmt: skip
+  except ValueError as error:
+    raise UserError(f"no launcher was found ({error}); {NEEDED}.") from None
 
 
 def _check(coordinator: str | None, processes: int | None, process: int | None) -> None:
@@ -57,6 +59,20 @@ def _check(coordinator: str | None, processes: int | None, process: int | None) 
   if processes < 1 or not 0 <= process < processes:
     raise UserError(f"--process={process} has to be from 0 to {processes - 1}, one of each, with "
                     f"--processes={processes}.")
+
+
+def _wait_for(coordinator: str, timeout: float) -> None:
+  """Until process 0 listens. The runtime would abort instead of raising where it never does."""
+  host, _, port = coordinator.rpartition(":")
+  until = time.monotonic() + timeout
+  while True:
+    try:
+      return socket.create_connection((host.strip("[]"), int(port)), timeout=timeout).close()
+    except OSError as error:
+      if time.monotonic() > until:
+        raise UserError(f"nothing listens at --coordinator={coordinator} after {timeout} s ({error}); process 0 has to "
+                        "run there, with the same --coordinator.") from None
+    time.sleep(0.2)
 
 
 def first() -> bool:

@@ -15,7 +15,7 @@ import numpy as np
 
 LENGTHS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 4096, 8192, 16384, 32768)
 PASS_TOKENS = 1024  # tokens a device reads in one call of a pass over a data set, rows permitting
-PASS_LENGTH = 128  # a pass packs into rows of at least this many tokens
+PASS_LENGTH = 128  # a pass packs into rows of at least this many tokens, or of a shard's share if that is less
 PASS_CLASSES = (PASS_LENGTH, 2 * PASS_LENGTH, 4 * PASS_LENGTH, 2**31)  # the longest segments that share a row length
 ATTENTION = 2048  # tokens in a row at which attention costs about as much as all the rest, in a small model
 SLACK = 1.5  # of scored positions in a row
@@ -231,7 +231,8 @@ def _row_length(segments: Sequence[Segment], longest: int, opens: int, shards: i
   """The length of rows that costs least: padding, and attention, which grows with the length. From a sample."""
   by_length = sorted(segments, key=lambda segment: -len(segment.tokens))
   sample = by_length[:: -(-len(segments) // SAMPLE)]
-  base = max(PASS_LENGTH, -(-longest // 16) * 16)
+  share = -(-sum(len(segment.tokens) for segment in segments) // shards)  # a small set's rows get no longer than that
+  base = -(-max(longest, min(PASS_LENGTH, share)) // 16) * 16
 
   def cost(length: int) -> float:
     places, need = place(sample, length, _scored(sample, length), opens)

@@ -220,9 +220,21 @@ def test_a_pass_covers_every_segment_once(count, longest, shards):
   for indices, places, shape in batches:
     check_packed([segments[i] for i in indices], places, shape)
     assert shape.B % shards == 0 and shape.B <= max(1, PASS_TOKENS // shape.T) * shards
-    assert shape.T >= PASS_LENGTH and not shape.T % 16
+    assert not shape.T % 16
+    assert shape.T >= min(PASS_LENGTH, sum(len(segments[i].tokens) for i in indices) // shards)
   lengths = {shape.T for *_, shape in batches}
   assert len({shape for *_, shape in batches}) == len(lengths), "one compiled program a length"
+
+
+@pytest.mark.parametrize("shards", [1, 4, 8])
+@pytest.mark.parametrize("tokens", [[20], [20, 20], [30, 10, 12], [25] * 8, [25] * 20, [200, 10, 10]])
+def test_a_set_smaller_than_the_devices_is_padded_to_short_rows(tokens, shards):
+  """A shard reads about its share, or the longest text: not PASS_LENGTH tokens each."""
+  batches = packed_batches([text_segment(range(n + 1), 1) for n in tokens], shards)
+  read = sum(shape.B * shape.T for *_, shape in batches)
+  least = max(sum(tokens) / shards, max(tokens))
+  assert read / shards < least + 48, "but for rounding, and for what packs badly"
+  assert sum(len(indices) for indices, *_ in batches) == len(tokens)
 
 
 @pytest.mark.parametrize("count,per_step", [(10, 4), (7, 7), (3, 8), (1, 2)])

@@ -145,5 +145,5 @@ def test_a_text_past_the_window_names_its_row(tiny):
 def test_padding_share_counts_the_positions_that_hold_nothing(tiny):
   encoded = encode([Choice("only", "x" * 40, ("y",))], tiny.tokenizer, WINDOW)
   assert encoded.tokens == 41
-  assert_allclose(padding_share(encoded), 1 - 41 / 128)
-  assert_allclose(padding_share(encoded, shards=4), 1 - 41 / 512)
+  assert_allclose(padding_share(encoded), 1 - 41 / 48)
+  assert_allclose(padding_share(encoded, shards=4), 1 - 41 / 192)
