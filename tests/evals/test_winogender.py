@@ -12,7 +12,7 @@ from jaxbias.errors import UserError
 from jaxbias.evals import winogender
 
 DATA = Path(__file__).resolve().parents[2].parent / "shared/data/winogender"
-TASK, = winogender.TASKS
+TASK, *SUBSETS = winogender.TASKS
 STATISTICS = "occupation\tbergsma_pct_female\tbls_pct_female\nnurse\t80\t90\npilot\t20\t5\nbaker\t50\t60\n"
 
 
@@ -66,8 +66,28 @@ def test_a_right_model_has_no_gap_and_no_correlation_to_speak_of(tmp_path):
   sentences = winogender.load(written(tmp_path, every()))
   assert values(sentences, lambda s: s.answer == 0) == {"acc": 100.0, "gotcha_gap": 0.0}
   found = TASK.reduce(sentences, answered(sentences, lambda s: True), draws=50).estimates
-  assert list(found) == ["overall", "female", "male", "neutral", "gotcha", "not gotcha"]
+  assert list(found) == ["overall", "female", "male", "neutral", "gotcha", "not gotcha", "gotcha_female", "gotcha_male"]
   assert found["neutral"]["acc"].value == 50.0
+
+
+def test_the_published_subsets_are_tasks_of_their_own(tmp_path):
+  """A model that takes everyone but nurses for the occupation: right half of the time, and never of a male nurse."""
+  folder = written(tmp_path, every())
+  occupation = lambda s: s.names[0] != "nurse"
+  whole = TASK.reduce(TASK.load(folder), answered(TASK.load(folder), occupation), draws=50).estimates
+  found = {}
+  for task in SUBSETS:
+    sentences = task.load(folder)
+    assert task.rows(sentences) == TASK.rows(sentences) and list(task.benchmark.metrics) == ["acc"]
+    estimate = task.reduce(sentences, answered(sentences, occupation), draws=50).estimates["overall"]["acc"]
+    group = task.name.removeprefix("winogender_")
+    assert estimate.value == whole[group]["acc"].value
+    found[group] = (len(sentences), round(estimate.value, 1))
+  assert found == {"male": (6, 50.0), "female": (6, 50.0), "neutral": (6, 50.0), "gotcha": (6, 50.0),
+                   "gotcha_male": (3, 33.3), "gotcha_female": (3, 66.7)}
+  gotchas = next(task for task in SUBSETS if task.name == "winogender_gotcha")
+  with pytest.raises(UserError, match="holds no sentences of the subset `gotcha`"):
+    gotchas.load(written(tmp_path, every()[2:3]))
 
 
 @pytest.mark.parametrize(("line", "said"), [
@@ -91,6 +111,7 @@ def test_malformed_statistics_are_named(tmp_path):
 def test_the_published_files():
   sentences = winogender.load(str(DATA))
   assert len(sentences) == 720 and len({s.names[0] for s in sentences}) == 60
+  assert [len(task.load(str(DATA))) for task in SUBSETS] == [240, 240, 240, 240, 120, 120]
   assert sum(s.gotcha is True for s in sentences) == sum(s.gotcha is False for s in sentences) == 240
   found = TASK.reduce(sentences, answered(sentences, lambda s: s.answer == 0), draws=50).estimates
   assert {name: estimates["acc"].value for name, estimates in found.items()} == dict.fromkeys(found, 100.0)
