@@ -60,12 +60,14 @@ class Choice:
 
   `span` says which of an option's tokens count: "all" of them, those that two options have in common ("shared") or
   those in which they differ ("different"); found by difflib's SequenceMatcher on token ids, as CrowS-Pairs does.
+  `ended`: the end-of-text token is the last token of every option, scored like the others (causal models).
   """
 
   id: str
   context: str
   options: tuple[str, ...]
   span: str = "all"
+  ended: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,6 +143,8 @@ class Split:
   triples: tuple[Triple, ...]
   texts: tuple[Text, ...]
   groups: tuple[Group, ...] = ()
+  pool: tuple[Text, ...] = ()  # what fairness corpora are made of; `overlapping` texts with evaluation are not in it
+  overlapping: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
