@@ -20,23 +20,25 @@ from jaxbias.mesh import batch_sharding, batch_shards
 from jaxbias.models.language_model import LanguageModel
 from jaxbias.models.transformer import Transformer, head
 
-LOGPROB, STATISTICS = "logprob", "statistics"  # what is read of every target
+LOGPROB, STATISTICS, STATES = "logprob", "statistics", "states"  # what is read of every target
 POOLINGS = ("mean", "first", "last")  # over a segment's last hidden states
 ON_ACCELERATORS = 16  # times as many tokens in a call as on a CPU
 
 
 @functools.lru_cache(maxsize=16)
 def program(module: Transformer, mesh: Mesh, read: str) -> Callable:
-  """(variables, arrays, S) -> float32 [B, P] for LOGPROB; `token_statistics`, four of [B, P], for STATISTICS; a
-  segment's vector, float32 [B, S, D], for one of POOLINGS. Compiled once a shape."""
+  """(variables, arrays, S) -> float32 [B, P] for LOGPROB; `token_statistics`, four of [B, P], for STATISTICS; the log-
+  probabilities and what the head read for them, float32 [B, P, D], for STATES; a segment's vector, float32 [B, S, D],
+  for one of POOLINGS. Compiled once a shape."""
   inputs = ("tokens", "segment", "position", "branch")
 
   @jax.jit
   def targets(variables, arrays):
     hidden, _ = module.apply(variables, *(arrays[name] for name in inputs))
     scored = gather_positions(hidden, arrays["score_at"])
-    of = token_logprobs if read == LOGPROB else token_statistics
-    return of(scored, head(variables["params"], module.config, module.mesh), arrays["target"])
+    of = token_statistics if read == STATISTICS else token_logprobs
+    found = of(scored, head(variables["params"], module.config, module.mesh), arrays["target"])
+    return (found, scored.astype(jnp.float32)) if read == STATES else found
 
   @functools.partial(jax.jit, static_argnames="slots")
   def vectors(variables, arrays, slots: int):
@@ -78,8 +80,9 @@ def read(
 ) -> tuple[tuple[np.ndarray, ...], list[Shape]]:
   """What the model says about every segment, on every process, and the shape of each batch.
 
-  LOGPROB (one array) and STATISTICS (four): the values of all targets, segment after segment, [N]. POOLINGS: one
-  array [N, D], a row a segment. adapters: collections beside `params`. `advance(n)` is called after n more segments.
+  LOGPROB (one array) and STATISTICS (four): the values of all targets, segment after segment, [N]. STATES: [N]
+  and [N, D]. POOLINGS: one array [N, D], a row a segment. adapters: collections beside `params`. `advance(n)` is called
+  after n more segments.
   """
   variables = {"params": model.params, **(adapters or {})}
   run, batches = program(model.module, model.mesh, what), planned(segments, batch_shards(model.mesh))

@@ -8,6 +8,7 @@ from html import escape
 
 from jaxbias.report import figures as pictures
 from jaxbias.report import results as read
+from jaxbias.report import watch_figures
 from jaxbias.report.headline import headline
 from jaxbias.report.style import STYLE
 from jaxbias.report.tables import Cell, Table, notes, tables
@@ -21,6 +22,7 @@ SECTIONS = {
   "domains": (None, "Stereotype score by domain, before (dotted line, star) and after training."),
   "curves": ("Training", "Parts of each loss over the steps. Thick: mean over seeds; thin: single seeds."),
   "validation": (None, "Stereotype score on the validation terms while training."),
+  **watch_figures.SECTIONS,
 }
 NOTE = (
   "<h2>A note on content</h2><p>The test items contain stereotypes about people, some of them offensive. They are here "
@@ -49,6 +51,7 @@ def html(results: Mapping, svgs: Mapping[str, str | None] | None = None) -> str:
     f"<h2>By domain</h2>{''.join(split)}{_picture('domains', svgs)}" if split else "",
     _picture("curves", svgs),
     _picture("validation", svgs),
+    *(_picture(name, svgs) for name in watch_figures.SECTIONS),
     _objectives(results),
     _how_to_read(results),
     _provenance(results),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from tensorboard.summary import Writer
@@ -17,8 +18,7 @@ class MetricsWriter:
   def __init__(self, folder: Path, after_step: int):
     """Keeps the lines up to `after_step`: those that came later will be computed again."""
     self.path = folder / "metrics.jsonl"
-    kept = [line for line in read_jsonl(self.path) if line["step"] <= after_step]
-    replace(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+    kept = rewind(self.path, lambda line: line["step"] <= after_step)
     self._lines = self.path.open("a", encoding="utf-8")
     shutil.rmtree(folder / "tensorboard", ignore_errors=True)  # its files cannot be rewound: they are written anew
     self._board = Writer(str(folder / "tensorboard"))
@@ -39,6 +39,13 @@ class MetricsWriter:
   def close(self) -> None:
     self._lines.close()
     self._board.close()
+
+
+def rewind(path: Path, keep: Callable[[dict], bool]) -> list[dict]:
+  """Drop the lines of a file that `keep` does not hold of, because they will be written again; returns the others."""
+  kept = [line for line in read_jsonl(path) if keep(line)]
+  replace(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+  return kept
 
 
 def read_jsonl(path: Path) -> list[dict]:
