@@ -33,7 +33,7 @@ from jaxbias.models import language_model
 from jaxbias.models.lora import scaled
 from jaxbias.models.sources import cache_folder
 from jaxbias.progress import Tracker
-from jaxbias.train import reference, trainable
+from jaxbias.train import fisher, reference, trainable, transforms
 from jaxbias.train.batches import Sampler, Texts, plan_shape, tokenise
 from jaxbias.train.guide import Control
 from jaxbias.train.loop import Run, Trainer, TrainingFailed, train
@@ -110,6 +110,13 @@ class Comparison:
     segments = (s for variant in asking for texts in variant.texts.values() for s in texts.all_segments())
     return list({reference.key_of(segment): segment for segment in segments}.values())
 
+  def fisher_segments(self, variant: Variant) -> tuple[Segment, ...]:
+    """The general texts on which the Fisher information is estimated; () where no loss reads it."""
+    if "fisher" not in variant.objective.needs:
+      return ()
+    model, most = self.trainer.model, configs.remedy(self.plain, variant.name)["fisher_texts"]
+    return fisher.general_segments(self.data.train, self.split, model.tokenizer, model.config.max_positions, most)
+
   def read_cost(self, segments) -> float:
     """Tokens of one forward pass over `segments`, padding included."""
     planned = packed_batches(segments, batch_shards(self.trainer.model.mesh)) if segments else []
@@ -147,10 +154,10 @@ def prepare(config, workdir: Path, command: str) -> Comparison:
       seed: tokenise(recipes[name](data.train, seed), objective, model.tokenizer, model.config.max_positions)
       for seed in plain["seeds"]
     }
-    return Variant(name, specs[name], objective, {"learning_rate": peak, "losses": coefficients}, texts)
+    remedy = transforms.coefficients(configs.remedy(plain, name), plain["train"]["steps"], model.config)
+    traced = {"learning_rate": peak, "losses": coefficients, **remedy}
+    return Variant(name, specs[name], objective, traced, texts)
 
-  if plain["train"]["base"] and any(spec.get("adapter_scale", 1.0) != 1 for spec in specs.values()):
-    raise UserError("adapter_scale multiplies adapters alone; leave train.base empty, or adapter_scale at 1.")
   split = getattr(data, config.eval.split)
   variants = tuple(map(variant, specs))
   encoded = tradeoff.encode_split(model, split)
@@ -166,7 +173,10 @@ def run(job: Comparison, command: str) -> dict:
   evaluation_cost = sum(job.read_cost(encoded.segments) for encoded in job.encoded.values())
   train_cost = {o: TRAINED_TOKEN * steps * shape.B * shape.T for o, shape in shapes.items()}
   todo = [(v, s) for v in job.variants for s in seeds if not _evaluation(job, f"{v.name}-seed{s}").exists()]
+  held_by = {v.name: job.fisher_segments(v) for v, _ in todo}
+  held_cost = {name: TRAINED_TOKEN * job.read_cost(segments) for name, segments in held_by.items()}
   cost = job.read_cost(asked) + sum(train_cost[v.objective] + evaluation_cost for v, _ in todo) + evaluation_cost
+  cost += sum(held_cost[v.name] for v, _ in todo)
   failures = {}
   with Tracker("comparison", cost) as tracker:
     tracker.phase("reference: what the start model says", len(asked), job.read_cost(asked))
@@ -177,9 +187,14 @@ def run(job: Comparison, command: str) -> dict:
     control = job.control() if todo else None
     for variant, seed in todo:
       name, factor = f"{variant.name}-seed{seed}", variant.spec.get("adapter_scale", 1.0)
+      held = {}
+      if segments := held_by[variant.name]:
+        tracker.phase("fisher: which weights general text rests on", len(segments), held_cost[variant.name])
+        found = fisher.compute(model, segments, job.trainer.moved, cache_folder() / "fisher", tracker.advance)
+        held = fisher.normalised(found)
       spec = Run(job.workdir / name, {**job.plain, "variant": variant.name, "seed": seed}, variant.objective,
                  variant.coefficients, job.sampler(variant, seed, ref), shapes[variant.objective], control,
-                 factor)  # fmt: skip
+                 factor, held)  # fmt: skip
       spec.folder.mkdir(parents=True, exist_ok=True)
       tracker.phase(f"train {name}", steps, train_cost[variant.objective])
       try:
@@ -191,7 +206,7 @@ def run(job: Comparison, command: str) -> dict:
       records = read_jsonl(spec.folder / "metrics.jsonl")
       spent = {"seconds": sum(r["seconds"] for r in records), "tokens": sum(r["tokens"] for r in records)}
       tracker.phase(f"evaluate {name}", _texts_evaluated(job), evaluation_cost)
-      _evaluate(job, name, scaled(job.trainer.adapters(state), factor), tracker, spent)
+      _evaluate(job, name, scaled(job.trainer.adapters(state), factor, model.params), tracker, spent)
   results = summarise(job, failures, command)
   write_json(job.workdir / "results.json", results)
   return results

@@ -68,6 +68,23 @@ def defaults() -> ConfigDict:
     "reference": "cache",  # what the start model says: computed once and kept on disk, or anew in every "step"
     "remat": False,  # recompute activations in the backward pass: less memory, a third more arithmetic
   }
+  c.remedy = {  # what changes the step to hold weights near their start; a variant's `remedy` replaces single keys
+    "recadam_gamma": 0.0,  # RecAdam's pull (1 - k) gamma (theta - theta_0); 0 = plain Adam. Published: 5000
+    "recadam_kappa": 0.1,  # k = sigma(kappa (t - t_0)) goes from 0 to 1
+    "recadam_midpoint": 0.25,  # t_0, as a share of the steps
+    "mixout": 0.0,  # share of weights that a step's forward pass takes from the start model
+    "layers": (),  # only these train: the first and the one behind the last; empty = all that train.base and lora name
+    "fisher_texts": 2048,  # general texts that the Fisher information of `ewc` is estimated on, at most
+  }
+  c.control = {  # exchange forget and retain texts of a bias type whose score fell below 50, and stop in time
+    "name": "",  # signed: ours, by type, with hysteresis; published: BiasUnlearn's scripts; empty = none
+    "split": "validation",  # looked at to decide; never the split that is reported
+    "every": 10,  # signed: steps between looks
+    "hysteresis": 1.0,  # signed: points around 50 within which nothing is exchanged
+    "tolerance": 2.0,  # signed: done when every type is this near to 50
+    "script": "train",  # published: train (GPT-2) or train_7b
+    "processes": 1,  # published: GPUs of the script's run; its learning-rate schedules depend on them
+  }
   c.control = {  # exchange forget and retain texts of a bias type whose score fell below 50, and stop in time
     "name": "",  # signed: ours, by type, with hysteresis; published: BiasUnlearn's scripts; empty = none
     "split": "validation",  # looked at to decide; never the split that is reported
@@ -212,6 +229,8 @@ def validate(config: ConfigDict) -> None:
   if len(config.lora.layers) not in (0, 2):
     raise UserError(f"lora.layers = {tuple(config.lora.layers)}; give the first layer and the one behind the last, or "
                     "nothing for all.")
+  for name in ("", *compared(config)):
+    _validate_remedy(config, name)
   if not config.seeds:
     raise UserError("seeds is empty; give at least one, e.g. --config.seeds='(0,)'.")
   if len({s for s in config.seeds if isinstance(s, int) and s >= 0}) < len(config.seeds):
@@ -224,6 +243,35 @@ def validate(config: ConfigDict) -> None:
   for name in compared(config):
     if missing := {"method", "label", "losses", "learning_rate_scale"} - set(config.variants[name]):
       raise UserError(f"variants.{name} has no `{min(missing)}`; make it with jaxbias.methods.variant.")
+
+
+def remedy(config: Mapping, variant: str = "") -> dict:
+  """The `remedy` section with what a variant replaces in it."""
+  own = config["variants"][variant].get("remedy", {}) if variant in config["variants"] else {}
+  return {**config["remedy"], **own}
+
+
+def _validate_remedy(config: ConfigDict, variant: str) -> None:
+  r, where = remedy(config, variant), f"variants.{variant}.remedy" if variant else "remedy"
+  if unknown := r.keys() - config.remedy.keys():
+    raise UserError(f"{where} has no key `{min(unknown)}`; {did_you_mean(min(unknown), config.remedy)}")
+  if not 0 <= r["mixout"] < 1:
+    raise UserError(f"{where}.mixout = {r['mixout']}; it must be at least 0 and below 1.")
+  if r["mixout"] and config.lora.dropout:
+    raise UserError(f"{where}.mixout thins out whole weights, so that lora.dropout would do nothing; set one to 0.")
+  if r["recadam_gamma"] < 0 or r["recadam_kappa"] <= 0 or not 0 <= r["recadam_midpoint"] <= 1:
+    raise UserError(f"{where}: recadam_gamma must not be negative, recadam_kappa must be positive, and "
+                    "recadam_midpoint is a share of the steps.")
+  scale = config.variants[variant].get("learning_rate_scale", 1.0) if variant in config.variants else 0.0
+  pull = r["recadam_gamma"] * config.train.learning_rate * scale
+  if pull >= 2:
+    raise UserError(f"{where}.recadam_gamma x learning rate = {pull:.3g}; from 2 on a step ends farther from the start "
+                    f"than it began, so give less than {2 * r['recadam_gamma'] / pull:.3g}.")
+  if len(r["layers"]) not in (0, 2):
+    raise UserError(f"{where}.layers = {tuple(r['layers'])}; give the first layer and the one behind the last, or "
+                    "nothing for all.")
+  if r["fisher_texts"] < 1:
+    raise UserError(f"{where}.fisher_texts = {r['fisher_texts']}; at least one text is needed.")
 
 
 def compared(config: ConfigDict) -> tuple[str, ...]:

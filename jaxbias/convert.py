@@ -52,7 +52,7 @@ def convert(
     save_adapters(out, base, config, trained, {"README.md": card(about, results)})
     return notes
   model = language_model.load(base, "float32" if adapted else dtype)
-  params = language_model.exchange(model.params, trained.get("params", {}))
+  params = language_model.exchange(model.params, trained.get("params", {}), adapted.factor if adapted else 1.0)
   adapters = trained if "lora" in trained else None
   export_model(out, folder.path, config, params, adapters, dtype, texts={"README.md": card(about, results)})
   return notes

@@ -91,10 +91,13 @@ def _program(module: Transformer) -> dict[str, Callable]:
   return {"logits": all_logits, "hidden_states": hidden_states}
 
 
-def load(source: str, dtype: str | None = None, mesh: Mesh | None = None) -> LanguageModel:
+def load(
+  source: str, dtype: str | None = None, mesh: Mesh | None = None, factor: float | None = None
+) -> LanguageModel:
   """A model by name, folder, .gguf file or hf:org/name[@revision], with its tokenizer.
 
   dtype: float32 on CPU and bfloat16 on accelerators by default. mesh: all devices, each with a copy, by default.
+  factor: for a run's folder, theta_0 + factor * (theta - theta_0) instead of what the run was evaluated as.
   Raises UserError for what cannot be found, read or honoured.
   """
-  return LanguageModel(**vars(language_model.load(source, dtype, mesh)))
+  return LanguageModel(**vars(language_model.load(source, dtype, mesh, factor=factor)))

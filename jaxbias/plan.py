@@ -19,6 +19,8 @@ from pathlib import Path
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 
@@ -34,6 +36,7 @@ from jaxbias.models.families import model_config
 from jaxbias.models.language_model import LanguageModel, layout_for
 from jaxbias.models.sources import resolve
 from jaxbias.models.transformer import Transformer, abstract_variables
+from jaxbias.train import transforms
 from jaxbias.train.loop import Trainer
 from jaxbias.types import Batch, TrainState
 
@@ -112,11 +115,18 @@ def plan(config, source: str, variant: str | None = None, batch: int = 0, length
     raise UserError(f"--length {length} is past the model's {model.config.max_positions} positions.")
   state, whole = abstract_state(trainer, objective), replicated(model.mesh)
   rows = abstract_batch(config, objective, batch, length, model)
-  traced = {"learning_rate": 0.0, "losses": coefficients}
+  remedy = transforms.coefficients(configs.remedy(config, variant), config.train.steps, model.config)
+  traced = {"learning_rate": 0.0, "losses": coefficients, **remedy}
   frozen = {"params": model.params, "lora_scale": jax.tree.map(lambda x: _like(x, whole), trainer.scale)}
-  traced = jax.tree.map(lambda _: jax.ShapeDtypeStruct((), jnp.float32, sharding=whole), traced)
+  if "fisher" in objective.needs:
+    weights = {"/".join(path): leaf for path, leaf in flatten_dict(dict(model.params)).items()}
+    like = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=leaf.sharding)
+    frozen["fisher"] = {path: like(weights[path]) for path in trainer.moved}
+  traced = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), jnp.float32, sharding=whole), traced)
   if config.lora.dropout:
     traced["dropout_key"] = _like(jax.eval_shape(lambda: jax.random.key(0)), whole)
+  if "mixout" in remedy.get("remedy", {}):
+    traced["mixout_key"] = _like(jax.eval_shape(lambda: jax.random.key(0)), whole)
   began = time.perf_counter()
   lowered = trainer.step_for(objective).lower(state, frozen, rows, traced)
   compiled, text = _compile_for_tpu(lowered, tpu) if tpu else _compile(lowered)

@@ -1,3 +1,11 @@
 """Pure loss functions; importing the package registers them all."""
 
-from jaxbias.losses import collapse, contrastive, likelihood, preference, sentence_pairs, unlearning  # noqa: F401
+from jaxbias.losses import (  # noqa: F401
+  collapse,
+  contrastive,
+  likelihood,
+  preference,
+  remedies,
+  sentence_pairs,
+  unlearning,
+)  # fmt: skip

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
+from jaxbias.models.lora import LowRank
 from jaxbias.models.transformer import Head
 from jaxbias.types import ROLES, Batch, Metric
 
@@ -28,6 +29,8 @@ class LossContext:
   head: Head | None = None  # of the policy
   ref_head: Head | None = None
   causal: bool = True  # whether the state at t - 1 predicts token t, or that at t
+  moved: Mapping[str, jax.Array | LowRank] = dataclasses.field(default_factory=dict)  # by path: trained - start weight
+  fisher: Mapping[str, jax.Array] = dataclasses.field(default_factory=dict)  # by the same paths
 
   def rows(self, role: str) -> jax.Array:
     """bool [B, S]: the segments that play `role`."""

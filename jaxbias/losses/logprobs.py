@@ -99,6 +99,19 @@ def forward_kl(hidden_BKD: jax.Array, head: Head, ref_hidden_BKD: jax.Array, ref
   return _by_rule(rule, hidden_BKD, head, (ref_hidden_BKD,), (ref_head,))
 
 
+def tempered_kl(
+  hidden_BKD: jax.Array, head: Head, ref_hidden_BKD: jax.Array, ref_head: Head, temperature: jax.Array | float
+) -> jax.Array:
+  """T^2 KL(p^T || q^T), p^T = softmax(logits / T), float32 nats, [B, K]."""
+
+  def rule(logits, at, fixed):
+    ref_head, t = fixed
+    log_p, log_q = jax.nn.log_softmax(_logits(*at, ref_head) / t), jax.nn.log_softmax(logits / t)
+    return t**2 * _kl(log_p, log_q), t * (jnp.exp(log_q) - jnp.exp(log_p))
+
+  return _by_rule(rule, hidden_BKD, head, (ref_hidden_BKD,), (ref_head, jnp.float32(temperature)))
+
+
 def reverse_kl(hidden_BKD: jax.Array, head: Head, ref_hidden_BKD: jax.Array, ref_head: Head) -> jax.Array:
   """KL(q || p) = sum_v q (log q - log p) over the whole vocabulary, float32 nats, [B, K]."""
 

@@ -28,8 +28,11 @@ NEEDS = (
   "residual_out",  # ctx.captures["residual_out"] [L, B, T, D]: behind every block
   "base_residual_out",  # ctx.base_captures["residual_out"]: the same of the start model, run in the same step
   "no_targets",  # it reads no log-probabilities: nothing of its role has to be scored for it
+  "moved",  # ctx.moved: how far each weight of the model is from its start
+  "fisher",  # ctx.fisher: the diagonal Fisher information of the same weights
   "groups",  # batch.group, batch.polarity, batch.entity: positives and negatives of one source
 )
+NO_ROLE = ""  # `on` of a loss that reads weights and no text
 SCALES = ("none", "uncertainty", "ema")  # how a term's size is kept in step with the others'; see `_scaled`
 LABELS_OF_ALL = ("denominator", "batch_all")  # the option with which a loss counts the targets of both sides
 EMA_DECAY, EMA_TARGET = 0.9, 0.1
@@ -149,7 +152,7 @@ def _needs(term: Term) -> set[str]:
 
 
 def _reads(term: Term) -> set[str]:
-  return {term.role, *LOSSES[term.loss].reads, *(ROLES[:2] if "pairs" in _needs(term) else ())}
+  return {term.role, *LOSSES[term.loss].reads, *(ROLES[:2] if "pairs" in _needs(term) else ())} - {NO_ROLE}
 
 
 def _compares(term: Term) -> bool:
@@ -171,7 +174,9 @@ def parse(losses: Mapping[str, Mapping]) -> tuple[Objective, dict[str, dict[str,
       raise UserError(f"there is no loss `{name}`; {did_you_mean(name, LOSSES)}")
     loss = LOSSES[name]
     role = settings.get("on", loss.on)
-    if role not in ROLES:
+    if loss.on == NO_ROLE and "on" in settings:
+      raise UserError(f"losses.{key} has no `on`: it reads weights, not texts.")
+    if role not in ROLES and loss.on != NO_ROLE:
       raise UserError(f"losses.{key}.on = `{role}` is not a role; {did_you_mean(role, ROLES)}")
     values = {"weight": 1.0, **loss.coefficients}
     for setting, value in settings.items():
@@ -186,7 +191,10 @@ def parse(losses: Mapping[str, Mapping]) -> tuple[Objective, dict[str, dict[str,
     options = tuple((option, settings.get(option, choices[0])) for option, choices in loss.options.items())
     terms.append(Term(key, name, role, options, settings.get("scale", SCALES[0])))
     coefficients[key] = {name: float(settings.get(name, default)) for name, default in values.items()}
-  return Objective(tuple(terms)), coefficients
+  objective = Objective(tuple(terms))
+  if not objective.roles:
+    raise UserError(f"losses has {', '.join(losses)} alone, which read no text; add what is to be learned, e.g. `sft`.")
+  return objective, coefficients
 
 
 def evaluate(

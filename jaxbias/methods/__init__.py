@@ -2,5 +2,6 @@
 
 from jaxbias.methods import baselines, biasunlearn, contrastive  # noqa: F401
 from jaxbias.methods.registry import METHODS, get, variant
+from jaxbias.methods.remedies import remedied
 
-__all__ = ["METHODS", "get", "variant"]
+__all__ = ["METHODS", "get", "remedied", "variant"]

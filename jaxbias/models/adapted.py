@@ -31,24 +31,28 @@ class Adapted:
   read: Callable[[ModelConfig], dict]
   run: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   step: int | None = None
+  factor: float = 1.0  # of what was trained, in the model that results; `read` has it in its lora_scale already
 
 
-def find(source: str | Path) -> Adapted | None:
+def find(source: str | Path, factor: float | None = None) -> Adapted | None:
   """What `source` adapts, where it is the folder of a run or of an adapter; None for every other source.
 
+  factor: of what was trained, by default the run's own `adapter_scale`.
   Raises UserError for a run without a whole checkpoint, and for an adapter that names no base.
   """
   folder = Path(source).expanduser()
   if (folder / "config.json").exists():
     return None
   if (folder / "checkpoints").is_dir():
-    return _run(folder)
+    return _run(folder, factor)
   if (folder / peft.CONFIG).is_file():
     base = peft.base_of(folder)
     if not base:
       raise UserError(f"{folder / peft.CONFIG} names no base model; write its name to `base_model_name_or_path`.")
     known = base in CATALOGUE or Path(base).expanduser().exists() or base.startswith(("hf:", "/", ".", "~"))
-    return Adapted(folder, base if known else f"hf:{base}", lambda config: peft.load_adapters(folder, config))
+    factor = 1.0 if factor is None else factor
+    read = lambda config: scaled(peft.load_adapters(folder, config), factor)
+    return Adapted(folder, base if known else f"hf:{base}", read, factor=factor)
   return None
 
 
@@ -58,7 +62,7 @@ def base_folder(source: str | Path) -> ModelFolder:
   return base_folder(adapted.base) if adapted else resolve(source)
 
 
-def _run(folder: Path) -> Adapted:
+def _run(folder: Path, factor: float | None) -> Adapted:
   import orbax.checkpoint as ocp
 
   logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax narrates every step
@@ -73,7 +77,8 @@ def _run(folder: Path) -> Adapted:
       fields = {field.name for field in dataclasses.fields(LoraConfig)} & run["lora"].keys()
       lora = LoraConfig(**{name: _frozen(run["lora"][name]) for name in fields})
       base = run["model"]
-      factor = run.get("variants", {}).get(run.get("variant"), {}).get("adapter_scale", 1.0)
+      if factor is None:
+        factor = run.get("variants", {}).get(run.get("variant"), {}).get("adapter_scale", 1.0)
     except (OSError, ValueError, KeyError, TypeError):
       raise damaged from None
 
@@ -84,12 +89,12 @@ def _run(folder: Path) -> Adapted:
       raise damaged from None
     found = {"params": trained["base"]} if "base" in trained else {}
     if "layers" in trained:
-      found |= {"lora": {"layers": trained["layers"]}, "lora_scale": lora_scale(lora, config.num_layers)}
-      found = scaled(found, factor)
+      scale = lora_scale(lora, config.num_layers)
+      found |= scaled({"lora": {"layers": trained["layers"]}, "lora_scale": scale}, factor)
     _check_shapes(folder, found, config)
     return found
 
-  return Adapted(folder, base, read, run, step)
+  return Adapted(folder, base, read, run, step, factor)
 
 
 def _check_shapes(folder: Path, found: Mapping, config: ModelConfig) -> None:

@@ -20,7 +20,7 @@ from jaxbias.models import adapted as adapted_sources
 from jaxbias.models.checkpoints import load_params, read_config
 from jaxbias.models.config import ModelConfig
 from jaxbias.models.families import model_config
-from jaxbias.models.lora import merge
+from jaxbias.models.lora import along, merge
 from jaxbias.models.sources import resolve
 from jaxbias.models.transformer import Transformer, abstract_variables
 
@@ -57,6 +57,7 @@ def load(
   mesh: Mesh | None = None,
   remat: bool = False,
   rules: Mapping[str, str] = SHARDING_RULES,
+  factor: float | None = None,
 ) -> LanguageModel:
   """Resolve `source` (a name, a folder, a .gguf file, hf:org/name), and place its weights on the mesh.
 
@@ -64,10 +65,12 @@ def load(
 
   dtype: of the computation and of the frozen weights; default float32 on CPU, bfloat16 on accelerators.
   rules: logical axis -> mesh axis. What does not divide is replicated, and logged in one line.
+  factor: of what a run or an adapter changed: 0 is its base, 1 what was trained, between them their interpolation
+  (fusion), -1 the negated task vector; by default what the run was evaluated with.
   """
   dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
   mesh = mesh or make_mesh({"data": -1})
-  if adapted := adapted_sources.find(source):
+  if adapted := adapted_sources.find(source, factor):
     return _adapt(load(adapted.base, dtype, mesh, remat, rules), adapted)
   found = resolve(source)
   hf = read_config(found.path)
@@ -89,7 +92,9 @@ def _adapt(model: LanguageModel, adapted: adapted_sources.Adapted) -> LanguageMo
   identity = hashlib.sha256(model.fingerprint.encode())
   for leaf in jax.tree.leaves(found):
     identity.update(np.asarray(leaf).tobytes())
-  params = exchange(model.params, found.get("params", {}))
+  if adapted.factor != 1:
+    identity.update(repr(adapted.factor).encode())
+  params = exchange(model.params, found.get("params", {}), adapted.factor)
   if "lora" in found:
 
     def merged(params, lora):
@@ -101,8 +106,13 @@ def _adapt(model: LanguageModel, adapted: adapted_sources.Adapted) -> LanguageMo
   return dataclasses.replace(model, name=name, params=params, fingerprint=identity.hexdigest())
 
 
-def exchange(params: Mapping, leaves: Mapping) -> dict:
-  """The parameters with some leaves exchanged, in the dtype and the place of those before."""
+def exchange(params: Mapping, leaves: Mapping, factor: float = 1.0) -> dict:
+  """The parameters with some leaves exchanged, in the dtype and the place of those before; with a factor, so far along
+  from these to the others."""
   flat = flatten_dict(dict(params))
-  put = lambda leaf, old: jax.device_put(np.asarray(leaf).astype(old.dtype), old.sharding)
+
+  def put(leaf, old):
+    leaf = np.asarray(leaf) if factor == 1 else along(np.asarray(old), np.asarray(leaf), factor)
+    return jax.device_put(leaf.astype(old.dtype), old.sharding)
+
   return unflatten_dict(flat | {path: put(leaf, flat[path]) for path, leaf in flatten_dict(dict(leaves)).items()})

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -89,9 +90,21 @@ def group_scales(scale_L: np.ndarray, groups: int) -> np.ndarray:
   return by_group[:, 0]
 
 
+class LowRank(NamedTuple):
+  """scale * A B of stacked layers, not multiplied yet: a [L, in, r], b [L, r, out], scale [L]."""
+
+  a: jax.Array
+  b: jax.Array
+  scale: jax.Array
+
+  def dense(self) -> jax.Array:
+    """[L, in, out], float32."""
+    return jnp.einsum("lir,lro,l->lio", *self, precision="highest")
+
+
 def add_product(kernel: jax.Array, a: jax.Array, b: jax.Array, scale_L: jax.Array) -> jax.Array:
   """W + scale * A B of stacked layers, [L, in, out], in float32."""
-  return kernel + jnp.einsum("lir,lro,l->lio", a, b, scale_L, precision="highest")
+  return kernel + LowRank(a, b, scale_L).dense()
 
 
 def merge(params: Mapping, lora: Mapping, scale: Mapping) -> dict:
@@ -108,13 +121,27 @@ def unmerge(params: Mapping, lora: Mapping, scale: Mapping) -> dict:
   return merge(params, lora, {"scale": -jnp.asarray(scale["scale"])})
 
 
-def scaled(adapters: Mapping, factor: float) -> dict:
-  """The collections of a model that is base + factor * (what the adapters add): -1 negates a task vector (Ilharco et
-  al. 2023), a factor between 0 and 1 interpolates."""
+def scaled(adapters: Mapping, factor: float, start: Mapping | None = None) -> dict:
+  """The collections of the model theta_0 + factor * (theta - theta_0): -1 negates a task vector (Ilharco et al. 2023),
+  a factor between 0 and 1 interpolates, 0 is the start model and 1 the trained one, both to the last bit.
+
+  start: `params` of the start model, needed where `adapters` hold "params" of their own (train.base)."""
   out = dict(adapters)
+  if factor == 1:
+    return out
   if "lora_scale" in out:
     out["lora_scale"] = jax.tree.map(lambda scale: factor * scale, out["lora_scale"])
+  if "params" in out:
+    out["params"] = jax.tree.map(lambda new, old: along(old, new, factor), out["params"], dict(start))
   return out
+
+
+def along(start: jax.Array, trained: jax.Array, factor: float) -> jax.Array:
+  """start + factor * (trained - start) in the dtype of `trained`; a leaf that did not train is handed back."""
+  if trained is start:
+    return trained
+  start = start.astype(trained.dtype)
+  return start + factor * (trained - start)
 
 
 def stack(adapters: Sequence[Mapping]) -> dict:

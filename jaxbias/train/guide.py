@@ -75,7 +75,8 @@ class Guide:
   def look(self, state: TrainState) -> TrainState:
     """Evaluate the model that the run would end with, decide, write it down; returns the state to go on with."""
     step = int(state.step)
-    scores, lms = self.run.control.look(scaled(self.trainer.adapters(state), self.run.adapter_scale))
+    adapters, start = self.trainer.adapters(state), self.trainer.model.params
+    scores, lms = self.run.control.look(scaled(adapters, self.run.adapter_scale, start))
     drop = self.run.control.start_lms - lms
     best = self.best and (self.best["scores"], self.best["lms_drop"])
     if better((scores, drop), best):

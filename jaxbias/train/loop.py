@@ -50,6 +50,7 @@ class Run:
   shape: Shape
   control: Control | None = None
   adapter_scale: float = 1.0  # of the model that is looked at, as of the one that is reported
+  fisher: Mapping[str, jax.Array] = dataclasses.field(default_factory=dict)  # for `ewc`, by the path of a weight
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +90,12 @@ class Trainer:
   @property
   def scale(self) -> dict:
     return lora_scale(self.lora, self.model.config.num_layers)
+
+  @property
+  def moved(self) -> tuple[str, ...]:
+    """Paths of the model's weights that a run changes."""
+    frozen = {"params": self.model.params, "lora_scale": self.scale}
+    return tuple(jax.eval_shape(trainable.displacement, self.abstract(NOTHING), frozen))
 
   @property
   def num_trainable(self) -> int:
@@ -154,10 +161,11 @@ def train(trainer: Trainer, run: Run, on_step: Callable[[dict], None] = lambda r
   sampler = guide.sampler if guide else run.sampler
   done = int(state.step)
   writer = MetricsWriter(run.folder, after_step=done)
-  frozen = {"params": trainer.model.params, "lora_scale": trainer.scale}
+  frozen = {"params": trainer.model.params, "lora_scale": trainer.scale, "fisher": dict(run.fisher)}
   sharding = batch_sharding(trainer.model.mesh)
   coefficients = jax.tree.map(np.float32, run.coefficients)
-  coefficients["dropout_key"] = jax.random.fold_in(jax.random.key(run.sampler.seed), 1)  # 0 drew the adapters
+  draws = jax.random.key(run.sampler.seed)  # whose stream 0 drew the adapters
+  coefficients |= {"dropout_key": jax.random.fold_in(draws, 1), "mixout_key": jax.random.fold_in(draws, 3)}
   coefficients = jax.device_put(coefficients, replicated(trainer.model.mesh))
   step_function = trainer.step_for(run.objective)
   clock = time.perf_counter()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import optax
 
+from jaxbias.train.transforms import recalling
+
 
 def schedule(name: str, steps: float, warmup_steps: float) -> optax.Schedule:
   """The learning rate as a share of its peak: linear warm-up, then constant, linear or cosine down to 0.
@@ -29,7 +31,7 @@ def make_optimizer(train, steps: float = 0, warmup_steps: float = 0) -> optax.Gr
   chosen = ("from_zero", steps, warmup_steps) if steps else (train.schedule, train.steps, train.warmup_steps)
   return optax.chain(
     optax.clip_by_global_norm(train.clip_norm),
-    optax.scale_by_adam(),
+    recalling(optax.scale_by_adam()),
     optax.add_decayed_weights(train.weight_decay),
     optax.scale_by_schedule(schedule(*chosen)),
   )

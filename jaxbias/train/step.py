@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
@@ -16,16 +17,20 @@ from jaxbias.losses.registry import LossContext, Objective, evaluate
 from jaxbias.models import transformer
 from jaxbias.models.layers import STACK_OUT
 from jaxbias.models.transformer import Head, Transformer
-from jaxbias.train.trainable import collections
+from jaxbias.train.trainable import collections, displacement
+from jaxbias.train.transforms import mixed, of_chosen_layers, recall
 from jaxbias.types import Batch, LossOutput, TrainState
 
 
 def loss(
   module: Transformer, objective: Objective, state: TrainState, frozen: Mapping, batch: Batch, coefficients: Mapping,
-  rngs: Mapping[str, jax.Array],
+  rngs: Mapping[str, jax.Array], remedy: Mapping = MappingProxyType({}),
 ):  # fmt: skip
   """(total, (LossOutput, log-probability per segment [B, S])) of the trained model on one batch."""
-  variables = collections(state.params, frozen)
+  if "mixout" in remedy:
+    variables = mixed(rngs["mixout"], state.params, frozen, remedy["mixout"])
+  else:
+    variables = collections(state.params, frozen)
   capture = tuple(site for site in (STACK_OUT, "residual_out") if site in objective.needs)
   inputs = (batch.tokens, batch.segment, batch.position)
   hidden_BTD, captures = module.apply(variables, *inputs, rngs=rngs, capture=capture)
@@ -33,8 +38,9 @@ def loss(
   logprob_BP = token_logprobs(gather_positions(hidden_BTD, batch.score_at), head, batch.target)
   kl_hidden_BKD = gather_positions(hidden_BTD, batch.kl_at) if objective.kl_roles else None
   batch, base_captures = with_reference(module, objective, frozen, batch, ref_head)
+  moved = displacement(state.params, frozen) if "moved" in objective.needs else {}
   ctx = LossContext(batch, logprob_BP, kl_hidden_BKD, hidden_BTD, captures, base_captures, head, ref_head,
-                    module.config.causal)  # fmt: skip
+                    module.config.causal, moved, frozen.get("fisher", {}))  # fmt: skip
   out = evaluate(objective, ctx, coefficients, state.params.get("losses"), state.aux)
   return out.total, (out, ctx.logprob_BS)
 
@@ -62,15 +68,23 @@ def with_reference(module: Transformer, objective: Objective, frozen: Mapping, b
 
 def make_train_step(module: Transformer, objective: Objective, tx: optax.GradientTransformation) -> Callable:
   """The jitted step. `coefficients` = {"learning_rate": ..., "losses": {...}} are traced: changing one never
-  recompiles. With LoRA dropout they hold its `dropout_key`, too, which is folded with the step.
+  recompiles. With LoRA dropout they hold its `dropout_key`, too, which is folded with the step; with remedies
+  {"remedy": ...} of `transforms.coefficients`, and for mixout its `mixout_key`.
   A step whose loss or gradient is not finite changes nothing and says so in its metrics."""
 
   def step(state: TrainState, frozen: Mapping, batch: Batch, coefficients: Mapping):
-    rngs = {"dropout": jax.random.fold_in(coefficients["dropout_key"], state.step)} if module.lora_dropout else {}
+    remedy = coefficients.get("remedy", {})
+    streams = [name for name, on in {"dropout": module.lora_dropout, "mixout": "mixout" in remedy}.items() if on]
+    rngs = {name: jax.random.fold_in(coefficients[f"{name}_key"], state.step) for name in streams}
     of = lambda params: loss(module, objective, state.replace(params=params), frozen, batch, coefficients["losses"],
-                             rngs)  # fmt: skip
+                             rngs, remedy)  # fmt: skip
     (total, (out, logprob_BS)), grads = jax.value_and_grad(of, has_aux=True)(state.params)
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    if "layers" in remedy:  # before clipping, which would count them otherwise
+      grads = of_chosen_layers(grads, remedy["layers"])
+    annealed = {"recall": recall(state.step, state.params, frozen, remedy["recadam"])} if "recadam" in remedy else {}
+    updates, opt_state = tx.update(grads, state.opt_state, state.params, **annealed)
+    if "layers" in remedy:  # after weight decay
+      updates = of_chosen_layers(updates, remedy["layers"])
     updates = jax.tree.map(lambda u: -coefficients["learning_rate"] * u, updates)
     moved = TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state, out.aux)
     norm = optax.global_norm(grads)

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec
 from jaxbias.errors import UserError, did_you_mean
 from jaxbias.losses.registry import Objective
 from jaxbias.models.config import ModelConfig
-from jaxbias.models.lora import LoraConfig, init_lora, lora_axes
+from jaxbias.models.lora import LoraConfig, LowRank, init_lora, lora_axes
 
 
 def chosen_leaves(params: Mapping, patterns: Sequence[str]) -> dict[tuple[str, ...], jax.Array]:
@@ -70,10 +70,26 @@ def axes(abstract: Mapping, logical: Mapping, boxed: Mapping, lora: LoraConfig, 
 
 
 def collections(trainable: Mapping, frozen: Mapping) -> dict:
-  """What the model is applied to. frozen: {"params", "lora_scale"}."""
-  out = dict(frozen)
+  """What the model is applied to. frozen: {"params", "lora_scale"}, and what else a step is given."""
+  out = {name: frozen[name] for name in ("params", "lora_scale") if name in frozen}
   if "base" in trainable:
     out["params"] = unflatten_dict(flatten_dict(dict(frozen["params"])) | flatten_dict(dict(trainable["base"])))
   if "layers" in trainable:
     out["lora"] = {"layers": trainable["layers"]}
   return out
+
+
+def displacement(trainable: Mapping, frozen: Mapping) -> dict[str, jax.Array | LowRank]:
+  """theta - theta_0 of every weight of the model that a run changes, by its path in `params`: of a kernel with adapters
+  scale * A B. frozen: as for `collections`. A loss's own parameters have no start to return to and are not in it."""
+  start = flatten_dict(dict(frozen["params"]))
+  base = flatten_dict(dict(trainable.get("base", {})))
+  moved = {path: leaf - start[path].astype(leaf.dtype) for path, leaf in base.items()}
+  factors = flatten_dict({"layers": trainable.get("layers", {})})
+  for path in sorted({path[:-1] for path in factors}):
+    a, b, kernel = factors[(*path, "a")], factors[(*path, "b")], (*path, "kernel")
+    # layers that share weights (ALBERT) share the factors; one that is left alone has a scale of 0
+    scale = frozen["lora_scale"]["scale"].reshape(len(a), -1).max(axis=1)
+    update = LowRank(a, b, scale)
+    moved[kernel] = moved[kernel] + update.dense() if kernel in moved else update
+  return {"/".join(path): each for path, each in sorted(moved.items())}
