@@ -23,6 +23,7 @@ from jaxbias.data.pipeline import Segment, Shape, packed_batches
 from jaxbias.data.rows import DataSet, Split
 from jaxbias.data.sources import triple_choices
 from jaxbias.errors import UserError
+from jaxbias.evals import probe as probes
 from jaxbias.evals import stereoset, tradeoff
 from jaxbias.evals.scoring import Encoded, encode, score
 from jaxbias.files import write_json
@@ -30,6 +31,7 @@ from jaxbias.losses.registry import Objective, parse
 from jaxbias.mesh import batch_shards, make_mesh
 from jaxbias.methods.controllers import Published, Signed
 from jaxbias.models import language_model
+from jaxbias.models.language_model import LanguageModel
 from jaxbias.models.lora import scaled
 from jaxbias.models.sources import cache_folder
 from jaxbias.progress import Tracker
@@ -38,6 +40,8 @@ from jaxbias.train.batches import Sampler, Texts, plan_shape, tokenise
 from jaxbias.train.guide import Control
 from jaxbias.train.loop import Run, Trainer, TrainingFailed, train
 from jaxbias.train.metrics import read_jsonl
+from jaxbias.train.watch import FILE as WATCH_FILE
+from jaxbias.train.watch import Watch
 
 TRAINED_TOKEN = 3.0  # forward passes that one trained token costs: itself and a backward pass of twice that
 
@@ -64,6 +68,7 @@ class Comparison:
   trainer: Trainer
   variants: tuple[Variant, ...]
   encoded: Mapping[str, Encoded]
+  probe: probes.Probe | None  # what is read at every look at a run, where runs are watched
 
   @property
   def plain(self) -> dict:
@@ -94,6 +99,17 @@ class Comparison:
     else:
       controller = Published(chosen.script, max_steps=self.config.train.steps, processes=chosen.processes)
     return Control(controller, look, start_lms=look({})[1])
+
+  def watch(self, tracker: Tracker) -> Watch | None:
+    """With what the start model says about the probe, asked once for all runs."""
+    if not self.probe:
+      return None
+    tracker.phase("watch: what the start model says", len(self.probe.segments), 0.0)
+    start = self.trainer.adapters(self.trainer.initial_state(0))
+    path, chosen = self.workdir / "watch_start.npz", self.config.watch
+    found = probes.start(self.trainer.model, self.probe, start, path, self.config.eval.scoring, tracker.advance)
+    return Watch(configs.watched(self.config), self.probe, found, self.config.eval.scoring,
+                 self.config.eval.bootstrap_draws, chosen.batches)  # fmt: skip
 
   def shapes(self) -> dict[Objective, Shape]:
     """One packed shape an objective: variants that compose the same losses share one compiled step."""
@@ -163,7 +179,8 @@ def prepare(config, workdir: Path, command: str) -> Comparison:
   encoded = tradeoff.encode_split(model, split)
   for found in variants:
     trainable.check(found.objective, model.params, tuple(config.train.base))
-  return Comparison(config, workdir, data, split, Trainer.of(model, config), variants, encoded)
+  probe = _probe(config, model, data) if configs.watched(config) else None
+  return Comparison(config, workdir, data, split, Trainer.of(model, config), variants, encoded, probe)
 
 
 def run(job: Comparison, command: str) -> dict:
@@ -171,7 +188,9 @@ def run(job: Comparison, command: str) -> dict:
   seeds, steps, model = job.config.seeds, job.config.train.steps, job.trainer.model
   shapes, asked = job.shapes(), job.reference_segments()
   evaluation_cost = sum(job.read_cost(encoded.segments) for encoded in job.encoded.values())
-  train_cost = {o: TRAINED_TOKEN * steps * shape.B * shape.T for o, shape in shapes.items()}
+  looks, read_each = len(configs.watched(job.config)), job.read_cost(job.probe.segments) if job.probe else 0.0
+  trained = steps + looks * job.config.watch.batches
+  train_cost = {o: TRAINED_TOKEN * trained * shape.B * shape.T + looks * read_each for o, shape in shapes.items()}
   todo = [(v, s) for v in job.variants for s in seeds if not _evaluation(job, f"{v.name}-seed{s}").exists()]
   held_by = {v.name: job.fisher_segments(v) for v, _ in todo}
   held_cost = {name: TRAINED_TOKEN * job.read_cost(segments) for name, segments in held_by.items()}
@@ -184,7 +203,7 @@ def run(job: Comparison, command: str) -> dict:
     if not _evaluation(job, "base").exists():
       tracker.phase("evaluate base", _texts_evaluated(job), evaluation_cost)
       _evaluate(job, "base", job.trainer.adapters(job.trainer.initial_state(0)), tracker, {})
-    control = job.control() if todo else None
+    control, watch = (job.control(), job.watch(tracker)) if todo else (None, None)
     for variant, seed in todo:
       name, factor = f"{variant.name}-seed{seed}", variant.spec.get("adapter_scale", 1.0)
       held = {}
@@ -194,7 +213,7 @@ def run(job: Comparison, command: str) -> dict:
         held = fisher.normalised(found)
       spec = Run(job.workdir / name, {**job.plain, "variant": variant.name, "seed": seed}, variant.objective,
                  variant.coefficients, job.sampler(variant, seed, ref), shapes[variant.objective], control,
-                 factor, held)  # fmt: skip
+                 factor, held, watch)  # fmt: skip
       spec.folder.mkdir(parents=True, exist_ok=True)
       tracker.phase(f"train {name}", steps, train_cost[variant.objective])
       try:
@@ -244,7 +263,7 @@ def summarise(job: Comparison, failures: Mapping[str, str], command: str) -> dic
     return {"name": name, "label": label, "estimates": plain(overall),
             "domains": {domain: plain(found) for domain, found in domains.items()}, **more}  # fmt: skip
 
-  rows, curves, seconds = [row("base", "base model", [base], train=None)], {}, base["seconds"]
+  rows, curves, watched, seconds = [row("base", "base model", [base], train=None)], {}, {}, base["seconds"]
   for variant in job.variants:
     about = {"losses": variant.spec["losses"]}
     if variant.name in failures:
@@ -257,6 +276,10 @@ def summarise(job: Comparison, failures: Mapping[str, str], command: str) -> dic
     curves[variant.name] = {
       str(seed): read_jsonl(job.workdir / f"{variant.name}-seed{seed}" / "metrics.jsonl") for seed in job.config.seeds
     }
+    if job.probe:
+      watched[variant.name] = {
+        str(seed): read_jsonl(job.workdir / f"{variant.name}-seed{seed}" / WATCH_FILE) for seed in job.config.seeds
+      }
   model, provenance_file = job.trainer.model, job.workdir / "provenance.json"
   return {
     "schema": 1,
@@ -275,7 +298,16 @@ def summarise(job: Comparison, failures: Mapping[str, str], command: str) -> dic
                 for name, about in tradeoff.METRICS.items()},
     "rows": rows,
     "curves": curves,
+    **({"watch": watched} if watched else {}),
   }  # fmt: skip
+
+
+def _probe(config, model: LanguageModel, data: DataSet) -> probes.Probe:
+  """What `config.watch` has read: the triples of its split, and general text of this split or of a file."""
+  chosen, split = config.watch, getattr(data, config.watch.split)
+  general = probes.read_general(chosen.general, chosen.group) if chosen.general else probes.general(split.texts)
+  masks = probes.Masks(chosen.mask_draws, chosen.mask_share, chosen.mask_seed)
+  return probes.make(model, split.triples, general, masks)
 
 
 def _counts(data: DataSet) -> dict:

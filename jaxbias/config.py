@@ -85,14 +85,15 @@ def defaults() -> ConfigDict:
     "script": "train",  # published: train (GPT-2) or train_7b
     "processes": 1,  # published: GPUs of the script's run; its learning-rate schedules depend on them
   }
-  c.control = {  # exchange forget and retain texts of a bias type whose score fell below 50, and stop in time
-    "name": "",  # signed: ours, by type, with hysteresis; published: BiasUnlearn's scripts; empty = none
-    "split": "validation",  # looked at to decide; never the split that is reported
-    "every": 10,  # signed: steps between looks
-    "hysteresis": 1.0,  # signed: points around 50 within which nothing is exchanged
-    "tolerance": 2.0,  # signed: done when every type is this near to 50
-    "script": "train",  # published: train (GPT-2) or train_7b
-    "processes": 1,  # published: GPUs of the script's run; its learning-rate schedules depend on them
+  c.watch = {  # what a run forgot so far, and where its loss parts pull: watch.jsonl, pictures; docs/forgetting.md
+    "steps": "",  # looks after these, such as "0,10,100", and at the end; "log": 0, 1, 3, 10, 30, ...; empty = none
+    "split": "validation",  # whose triples and general texts are read
+    "general": "",  # JSON lines {"id", "text"}, read instead of the split's general texts
+    "group": "",  # a field of these lines: forgetting for each of its values
+    "batches": 2,  # of the run's first steps, on which gradients are taken
+    "mask_draws": 4,  # masked models: copies of a general text
+    "mask_share": 0.15,  # of its tokens, masked and scored in a copy
+    "mask_seed": 0,
   }
   c.seeds = (0,)
   c.variants = {}  # name -> {"method", "label", "losses", "learning_rate_scale"}; see jaxbias.methods.variant
@@ -205,6 +206,7 @@ def validate(config: ConfigDict) -> None:
   if config.control.name and config.control.split == config.eval.split:
     raise UserError(f"control.split = eval.split = `{config.eval.split}`; what decides when to stop cannot be "
                     "reported, so name another split.")
+  _validate_watch(config)
   _one_of("train.schedule", t.schedule, ("constant", "linear", "cosine"))
   _one_of("train.reference", t.reference, ("cache", "step"))
   _one_of("eval.split", config.eval.split, ("train", "validation", "test"))
@@ -272,6 +274,35 @@ def _validate_remedy(config: ConfigDict, variant: str) -> None:
                     "nothing for all.")
   if r["fisher_texts"] < 1:
     raise UserError(f"{where}.fisher_texts = {r['fisher_texts']}; at least one text is needed.")
+
+
+def watched(config: ConfigDict) -> tuple[int, ...]:
+  """The steps after which runs are looked at, () where `watch` is off. Raises UserError for one that is no step."""
+  chosen, last = config.watch.steps, config.train.steps
+  if chosen == "log":
+    return (0, *(step for n in range(len(str(last))) for step in (10**n, 3 * 10**n) if step < last), last)
+  listed = [part.strip() for part in chosen.split(",")] if chosen.strip() else []
+  for part in listed:
+    if not part.isdecimal() or int(part) > last:
+      raise UserError(f"watch.steps = `{chosen}`: `{part}` is no step of a run of {last}; give whole numbers from 0 on "
+                      "with commas between, or log.")
+  return tuple(sorted(set(map(int, listed))))
+
+
+def _validate_watch(config: ConfigDict) -> None:
+  watched(config)
+  w = config.watch
+  _one_of("watch.split", w.split, ("train", "validation", "test"))
+  if w.group and not w.general:
+    raise UserError(f"watch.group = `{w.group}` is a field of the file watch.general, which is not given.")
+  if w.batches < 1:
+    raise UserError(f"watch.batches = {w.batches}; gradients need at least one.")
+  if w.mask_draws < 4:
+    raise UserError(f"watch.mask_draws = {w.mask_draws}; fewer than 4 are mostly noise.")
+  if not 0 < w.mask_share < 1:
+    raise UserError(f"watch.mask_share = {w.mask_share}; it must be above 0 and below 1.")
+  if w.mask_seed < 0:
+    raise UserError(f"watch.mask_seed = {w.mask_seed}; it must be a whole number from 0 on.")
 
 
 def compared(config: ConfigDict) -> tuple[str, ...]:

@@ -29,6 +29,7 @@ from jaxbias.train.guide import Control, Guide
 from jaxbias.train.metrics import MetricsWriter
 from jaxbias.train.optim import make_optimizer
 from jaxbias.train.step import make_train_step
+from jaxbias.train.watch import Watch, Watcher
 from jaxbias.types import TrainState
 
 NOTHING = Objective(())
@@ -51,6 +52,7 @@ class Run:
   control: Control | None = None
   adapter_scale: float = 1.0  # of the model that is looked at, as of the one that is reported
   fisher: Mapping[str, jax.Array] = dataclasses.field(default_factory=dict)  # for `ewc`, by the path of a weight
+  watch: Watch | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,6 +162,7 @@ def train(trainer: Trainer, run: Run, on_step: Callable[[dict], None] = lambda r
   guide = Guide.of(trainer, run, fresh, checkpoints.about()) if run.control else None
   sampler = guide.sampler if guide else run.sampler
   done = int(state.step)
+  watcher = Watcher(trainer, run, run.watch, done) if run.watch else None
   writer = MetricsWriter(run.folder, after_step=done)
   frozen = {"params": trainer.model.params, "lora_scale": trainer.scale, "fisher": dict(run.fisher)}
   sharding = batch_sharding(trainer.model.mesh)
@@ -194,6 +197,12 @@ def train(trainer: Trainer, run: Run, on_step: Callable[[dict], None] = lambda r
         if guide.phase.done:
           break
         step_function, coefficients = guide.step_for(coefficients)
+      if watcher and watcher.due(step):
+        if late:
+          report(*late)
+          late = None
+        watcher.look(state, sampler, frozen, coefficients)
+        clock = time.perf_counter()
       batch, ids = sampler.batch(step, run.shape)
       with jax.transfer_guard("disallow"):
         state, metrics = step_function(state, frozen, jax.device_put(batch, sharding), coefficients)
@@ -208,6 +217,8 @@ def train(trainer: Trainer, run: Run, on_step: Callable[[dict], None] = lambda r
           state = guide.look(state)
           sampler, clock = guide.sampler, time.perf_counter()
         checkpoints.save(state, run.config, **(guide.about() if guide else {}))
+    if watcher:
+      watcher.look(state, sampler, frozen, coefficients)
     return guide.best_state(state) if guide else state
   finally:
     writer.close()
