@@ -17,6 +17,8 @@ from jaxbias.methods.recipes import Row
 from jaxbias.train.batches import Texts
 from tests.train import Workplace, lines, read, untimed
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def texts(paired: bool, roles=("forget", "retain", "general")) -> Texts:
   domains = {"forget": "aabb", "retain": "aabb", "general": ["", ""]}
@@ -64,6 +66,9 @@ def tiny(tmp_path_factory) -> Workplace:
   return Workplace.of(tmp_path_factory)
 
 
+MINE = ("biasunlearn", "biasunlearn_published")
+
+
 def command(tiny, workdir, **more) -> list[str]:
   settings = {"compare": "('biasunlearn',)", "seeds": "(0,)", "train.steps": 8, "train.checkpoint_every": 3,
               "train.learning_rate": 0.05, "control.name": "signed", "control.every": 2, "control.tolerance": 0.001,
@@ -78,7 +83,8 @@ def controlled(tiny, tmp_path_factory):
     patch.setenv("JAXBIAS_CACHE", str(tiny.cache))
     workdir = tmp_path_factory.mktemp("controlled") / "run"
     config = tiny.config.read_text()
-    tiny.config.write_text(config.replace("for name in c.compare}", "for name in (*c.compare, 'biasunlearn')}"))
+    tiny.config.write_text(config.replace("for name in c.compare}", "for name in (*c.compare, *MINE)}")
+                           .replace("def get_config", f"MINE = {MINE}\n\n\ndef get_config"))
     assert cli.main(command(tiny, workdir)) == 0
     yield workdir
 
@@ -133,14 +139,15 @@ def test_the_controller_looks_at_the_model_that_is_reported(controlled, tiny, tm
 
 
 def test_a_phase_with_its_own_schedule_starts_with_fresh_moments(controlled, tiny, tmp_path):
-  """train.py's rule: behind the first look the optimizer and its schedule begin anew, at the phase's rate."""
+  """train.py's rule: behind the first look the optimizer and its schedule begin anew, at the phase's rate. The type
+  that is trained alone from then on has texts of its own."""
   from jaxbias.methods import controllers
   from jaxbias.train.loop import Trainer
 
   seen = []
   real = controllers.Published("train", order=("gender", "race"), max_steps=100)
   early = lambda script, max_steps, processes: type("Early", (), {
-    "first": lambda self: Phase(until=2),
+    "first": lambda self: dataclasses.replace(real.first(), until=2),
     "next": lambda self, phase, step, scores: dataclasses.replace(real.next(phase, step, scores), until=step + 3),
   })()  # fmt: skip
   with pytest.MonkeyPatch.context() as patch:
@@ -148,10 +155,12 @@ def test_a_phase_with_its_own_schedule_starts_with_fresh_moments(controlled, tin
     patch.setattr("jaxbias.compare.Published", early)
     patch.setattr(controllers.Published, "centres", property(lambda self: {"gender": 0.0, "race": 0.0}))
     patch.setattr(Trainer, "fresh_moments", lambda self, *a: seen.append(1) or moments(self, *a))
-    assert cli.main(command(tiny, tmp_path / "published", **{"control.name": "published"})) == 0
-  log = lines(tmp_path / "published" / "biasunlearn-seed0" / "controller.jsonl")
+    settings = {"control.name": "published", "compare": "('biasunlearn_published',)"}
+    assert cli.main(command(tiny, tmp_path / "published", **settings)) == 0
+  run = tmp_path / "published" / "biasunlearn_published-seed0"
+  log = lines(run / "controller.jsonl")
   assert [line["step"] for line in log] == [2, 5, 8]
   assert log[0]["next"]["schedule_steps"] == 3000 and log[0]["next"]["only"] in ("gender", "race")
   assert len(seen) >= 3  # at the start, and behind each look that began a phase
-  losses = [line["loss"] for line in lines(tmp_path / "published" / "biasunlearn-seed0" / "metrics.jsonl")]
+  losses = [line["loss"] for line in lines(run / "metrics.jsonl")]
   assert len(losses) == 8 and np.isfinite(losses).all()
