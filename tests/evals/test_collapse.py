@@ -251,7 +251,7 @@ def test_a_gap_is_the_first_groups_mean_less_the_seconds():
 
 
 @pytest.mark.parametrize(("change", "lost", "why"), [
-  (lambda s, w: (s._replace(agreement=None), None), {"similarity", "agreement", "cdnv_w"}, "labels have no output weights"),
+  (lambda s, w: (s._replace(agreement=None), None), {"similarity", "agreement", "cdnv_w"}, "labels have no output"),
   (lambda s, w: (s, w[:, :3]), {"similarity_std", "log_kernel_w"}, "the head reads 3 features and this site has 5"),
   (lambda s, w: (s._replace(agreement=None), w), {"agreement"}, "no text is held out"),
   (lambda s, w: (s._replace(variance=np.full(7, np.nan)), w), {"cdnv", "trace_ratio", "cdnv_w"}, "have two samples"),
