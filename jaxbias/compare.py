@@ -10,6 +10,7 @@ Everything finished is on disk under the work folder, so the same command goes o
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import time
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ from pathlib import Path
 from jaxbias import config as configs
 from jaxbias import methods, provenance
 from jaxbias.data import sources
+from jaxbias.data.corpora import read_texts, with_pool
 from jaxbias.data.groups import read_groups
 from jaxbias.data.pipeline import Segment, Shape, packed_batches
 from jaxbias.data.rows import DataSet, Split
@@ -159,15 +161,18 @@ def prepare(config, workdir: Path, command: str) -> Comparison:
   data = sources.load(config.data.source, config.data.split_file or None, tuple(config.data.tasks))
   if config.data.groups:
     data = dataclasses.replace(data, train=dataclasses.replace(data.train, groups=read_groups(config.data.groups)))
+  if config.data.corpus:
+    data = with_pool(data, read_texts(config.data.corpus))
   claim(workdir, plain, command)
   dtype = None if config.dtype == "auto" else config.dtype
   model = language_model.load(config.model, dtype, make_mesh(config.mesh), config.train.remat, config.mesh.rules)
 
   def variant(name: str) -> Variant:
     objective, coefficients = parsed[name]
+    recipe = functools.partial(recipes[name], **specs[name].get("texts", {}))
     peak = plain["train"]["learning_rate"] * specs[name]["learning_rate_scale"]
     texts = {
-      seed: tokenise(recipes[name](data.train, seed), objective, model.tokenizer, model.config.max_positions)
+      seed: tokenise(recipe(data.train, seed), objective, model.tokenizer, model.config.max_positions)
       for seed in plain["seeds"]
     }
     remedy = transforms.coefficients(configs.remedy(plain, name), plain["train"]["steps"], model.config)

@@ -45,6 +45,7 @@ def defaults() -> ConfigDict:
     "source": "builtin",  # or a path to StereoSet's own JSON
     "tasks": ("intrasentence",),  # of StereoSet, to train on; intersentence: continuations of a context
     "groups": "",  # a JSONL file of positives and negatives, see docs/data.md; empty = made from the triples
+    "corpus": "",  # JSON lines {"id", "text"}: the pool that `cda` makes its texts of, see docs/diagnosis.md
     "split_file": "",  # target terms of each split, for StereoSet; empty = by the hash rule of docs/data.md
   }
   c.lora = {

@@ -36,7 +36,8 @@ def load(
   name_or_path: str | os.PathLike[str], split_file: str | os.PathLike[str] | None = None,
   tasks: Sequence[str] = TASKS[:1],
 ) -> DataSet:  # fmt: skip
-  """`builtin`, or the path of a StereoSet JSON file, whose intrasentence triples are split by target term.
+  """`builtin`, a folder in its layout (`read_folder`), or the path of a StereoSet JSON file, whose intrasentence
+  triples are split by target term.
 
   `split_file` holds {"domains": {domain: {"train": [terms], "valid": [...], "test": [...]}}}; without one the terms
   are split by `hash_split`. Triples that `usable_for_training` refuses leave the train split, and only that one. The
@@ -59,6 +60,11 @@ def load(
   if not path.exists():
     raise UserError(f"`{name_or_path}` is neither a file nor a built-in data set; "
                     f"{did_you_mean(str(name_or_path), ['builtin'])}")
+  if path.is_dir():
+    if split_file or tuple(tasks) != TASKS[:1]:
+      raise UserError(f"{path} has splits of its own and intrasentence triples alone: leave out data.split_file, "
+                      "and data.tasks as it is.")
+    return read_folder(path, path.name)
   triples = stereoset_triples(path)
   terms = read_split(split_file) if split_file else hash_split(triples)
   parts = _partition_triples(triples, terms, where=split_file or path)
