@@ -8,14 +8,15 @@ sure (Korkmaz et al. 2025, section 3, there with summaries of posts).
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from jaxbias.data import sources
-from jaxbias.data.generators import Card, Draft, Generator, low_confidence, mask_and_refill, regenerate
+from jaxbias.data.generators import Card, Draft, Generator, Together, low_confidence, mask_and_refill, regenerate
 from jaxbias.data.groups import write_groups
-from jaxbias.data.rows import Split
+from jaxbias.data.rows import Group, Split
 from jaxbias.evals.refill import filler, rewriter, unsure
 from jaxbias.files import replace
 from jaxbias.methods.contrastive import groups_of_triples
@@ -33,27 +34,38 @@ def write(config, path: Path) -> Card:
   """
   split = sources.load(config.data.source, config.data.split_file or None).train
   model = language_model.load(config.model, None if config.dtype == "auto" else config.dtype)
-  seed = config.seeds[0]
-  with Tracker("groups", len(split.triples)) as tracker:
-    tracker.phase("triples", len(split.triples), len(split.triples))
-    groups, card = groups_of_triples(split, seed, negatives_of(model, split, seed), tracker.advance)
+  groups, card = written_groups(model, split, config.seeds[0])
   write_groups(path, groups)
   replace(path.with_suffix(".md"), card.markdown().encode())
   return card
 
 
-def negatives_of(model: LanguageModel, split: Split, seed: int) -> dict[str, Generator]:
-  """The generators that need the model, by kind."""
-  refilled = {"mask_ent": mask_and_refill(filler(model, seed=seed), most=1)}
-  if not model.config.causal:
-    return refilled
-  ending = low_confidence(unsure(model, samples=4, max_tokens=16, seed=seed), UNSURE)
+def written_groups(model: LanguageModel, split: Split, seed: int) -> tuple[list[Group], Card]:
+  """`groups_of_triples` with the model's own negatives. The groups are made twice: once to learn what the model is to
+  be asked, so that it answers in large batches, and once with its answers."""
+  fill, rewrite = Together(filler(model, seed=seed), [""]), Together(rewriter(model), "")
+  sample = Together(unsure(model, samples=4, max_tokens=16, seed=seed), ())
+  more = {"mask_ent": mask_and_refill(lambda texts: [*map(fill, texts)], most=1)}
+  if model.config.causal:
+    more |= {"regen_ent": regenerate(lambda *pair: rewrite(pair)), "low_confidence": unsure_endings(split, sample)}
+  groups_of_triples(split, seed, more)
+  asked = {"refill": fill, "regenerate": rewrite, "go on": sample} if model.config.causal else {"refill": fill}
+  with Tracker("groups", len(asked)) as tracker:
+    for name, together in asked.items():
+      tracker.phase(f"{name}: {len(together.asked)} texts", 1, 1)
+      together.answer()
+      tracker.advance(1)
+  return groups_of_triples(split, seed, more)
+
+
+def unsure_endings(split: Split, sample: Callable[[str], Sequence[tuple[str, float]]]) -> Generator:
+  """What the sentences of a triple begin with, and the first line of what the model makes of it."""
+  ending = low_confidence(sample, UNSURE)
   beginnings = {triple.id: triple.anti_stereotype[: triple.prefix].rstrip() for triple in split.triples}
 
-  def unsure_ending(draft: Draft, rng: np.random.Generator) -> list[str]:
-    """What the sentences of a triple begin with, and the first line of what the model makes of it."""
+  def make(draft: Draft, rng: np.random.Generator) -> list[str]:
     beginning = beginnings[draft.id]
     endings = ending(dataclasses.replace(draft, source=beginning), rng) if beginning else []
     return [beginning + text.split("\n")[0].rstrip() for text in endings]
 
-  return refilled | {"regen_ent": regenerate(rewriter(model)), "low_confidence": unsure_ending}
+  return make

@@ -10,6 +10,7 @@ import collections
 import dataclasses
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -45,6 +46,23 @@ class Draft:
 
 
 Generator = Callable[[Draft, np.random.Generator], list[str]]
+
+
+class Together:
+  """A function of one request that is answered with all others at once: by `nothing` the first time it is asked, and
+  behind `answer()` by what `answer_all(requests)` gave for it."""
+
+  def __init__(self, answer_all: Callable[[list], Sequence], nothing: Any):
+    self._answer_all, self._nothing, self._answers, self.asked = answer_all, nothing, {}, {}
+
+  def __call__(self, request: Any) -> Any:
+    if request not in self._answers:
+      self.asked[request] = None
+    return self._answers.get(request, self._nothing)
+
+  def answer(self) -> None:
+    asked, self.asked = list(self.asked), {}
+    self._answers |= zip(asked, self._answer_all(asked), strict=True)
 
 
 # What names something

@@ -34,51 +34,57 @@ def filler(model: LanguageModel, top: int = 5, seed: int = 0) -> Callable[[Seque
     for text in texts:
       if MASK not in text:
         raise UserError(f"there is no {MASK} in {text!r}; nothing to fill.")
-    return [(_written if model.config.causal else _unmasked)(model, text, top, rng) for text in texts]
+    if model.config.causal:
+      return _written(model, texts, top, rng)
+    return [_unmasked(model, text, top, rng) for text in texts]
 
   return fill
 
 
 def rewriter(
   model: LanguageModel, sampling: Sampling | None = None, template: str = REWRITE
-) -> Callable[[str, str], str]:
-  """rewrite(source, masked text) -> the first line of what a causal model writes."""
+) -> Callable[[Sequence[tuple[str, str]]], list[str]]:
+  """rewrite([(source, masked text), ...]) -> the first line of what a causal model writes for each."""
   sampling = sampling or Sampling(max_tokens=48, temperature=0.7, top_p=0.9, top_k=50, repetition_penalty=1.2)
 
-  def rewrite(source: str, masked: str) -> str:
-    return _continue(model, template.format(source=source, masked=masked), sampling).strip().split("\n")[0]
+  def rewrite(pairs: Sequence[tuple[str, str]]) -> list[str]:
+    prompts = [template.format(source=source, masked=masked) for source, masked in pairs]
+    return [text.strip().split("\n")[0] for text in _continue(model, prompts, [sampling] * len(prompts))]
 
   return rewrite
 
 
 def unsure(model: LanguageModel, samples: int = 8, max_tokens: int = 32, seed: int = 0):
-  """sample(source) -> [(continuation, mean probability of its tokens)], from a causal model at temperature 1."""
+  """sample(sources) -> of each [(continuation, mean probability of its tokens)], by a causal model at temperature 1."""
 
-  def sample(source: str) -> list[tuple[str, float]]:
-    prompts = [[model.tokenizer.start_id, *model.tokenizer.encode(source)]] * samples
-    written = generate(model, prompts, Sampling(max_tokens, temperature=1.0, seed=seed))
-    texts = {continuation.text for continuation in written if continuation.text.strip()}
-    if not texts:
-      return []
-    scored = score(model, [Choice("sampled", source, tuple(sorted(texts)))])["sampled"]
-    return [(text, float(np.exp(total / count))) for text, (total, count) in zip(sorted(texts), scored, strict=True)]
+  def sample(sources: Sequence[str]) -> list[list[tuple[str, float]]]:
+    every = [source for source in sources for _ in range(samples)]
+    written = _continue(model, every, [Sampling(max_tokens, temperature=1.0, seed=seed)] * len(every))
+    texts = [sorted({text for text in written[i : i + samples] if text.strip()}) for i in range(0, len(every), samples)]
+    rows = [Choice(str(i), source, tuple(of)) for i, (source, of) in enumerate(zip(sources, texts, strict=True)) if of]
+    scored = score(model, rows) if rows else {}
+    mean = lambda pair: float(np.exp(pair[0] / pair[1]))
+    return [list(zip(of, map(mean, scored[str(i)]), strict=True)) if of else [] for i, of in enumerate(texts)]
 
   return sample
 
 
-def _continue(model: LanguageModel, prompt: str, sampling: Sampling) -> str:
-  ids = [model.tokenizer.start_id, *model.tokenizer.encode(prompt)]
-  return generate(model, [ids], sampling, truncate=True)[0].text
+def _continue(model: LanguageModel, prompts: Sequence[str], sampling: Sequence[Sampling]) -> list[str]:
+  ids = [[model.tokenizer.start_id, *text] for text in model.tokenizer.encode_batch(prompts)]
+  return [continuation.text for continuation in generate(model, ids, sampling, truncate=True)]
 
 
-def _written(model: LanguageModel, text: str, top: int, rng: np.random.Generator) -> list[str]:
-  before, *rest = text.split(MASK)
-  fillings = []
-  for after in rest:
-    sampling = Sampling(max_tokens=6, temperature=1.0, top_k=top, seed=int(rng.integers(2**32)))
-    word = re.search(r"[\w'-]+", _continue(model, before.rstrip(), sampling))
-    fillings.append(word[0] if word else "")
-    before += fillings[-1] + after
+def _written(model: LanguageModel, texts: Sequence[str], top: int, rng: np.random.Generator) -> list[list[str]]:
+  """A word for the first MASK of every text, then for the second, ..., each behind what was written before it."""
+  parts = [text.split(MASK) for text in texts]
+  before, fillings = [part[0] for part in parts], [[] for _ in texts]
+  for n in range(1, max(map(len, parts), default=1)):
+    open_ = [i for i, part in enumerate(parts) if n < len(part)]
+    sampling = [Sampling(max_tokens=6, temperature=1.0, top_k=top, seed=int(rng.integers(2**32))) for _ in open_]
+    for i, text in zip(open_, _continue(model, [before[i].rstrip() for i in open_], sampling), strict=True):
+      word = re.search(r"[\w'-]+", text)
+      fillings[i].append(word[0] if word else "")
+      before[i] += fillings[i][-1] + parts[i][n]
   return fillings
 
 

@@ -10,7 +10,7 @@ posts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 from jaxbias.data.generators import (
@@ -24,35 +24,32 @@ from jaxbias.data.generators import (
   swap_entities,
   toxic_rewrite,
 )  # fmt: skip
-from jaxbias.data.rows import Group, Split
+from jaxbias.data.rows import Group, Split, Triple
 from jaxbias.methods.recipes import Recipe, general_rows, grouped
 from jaxbias.methods.registry import Method, register
 
 
 def groups_of_triples(
-  split: Split, seed: int, more: Mapping[str, Generator] = MappingProxyType({}),
-  advance: Callable[[int], None] = lambda triples: None,
-) -> tuple[list[Group], Card]:  # fmt: skip
+  split: Split, seed: int, more: Mapping[str, Generator] = MappingProxyType({})
+) -> tuple[list[Group], Card]:
   """One group a triple, and the counts of what each generator made; what could not be paired is left out.
 
-  more: further generators of negatives, by kind. advance(1) is called as each triple is done.
+  more: further generators of negatives, by kind.
   """
   terms: dict[str, set[str]] = {}
   for triple in split.triples:
     terms.setdefault(triple.domain, set()).add(triple.term)
   stereotypes = {triple.id: triple.stereotype for triple in split.triples}
 
-  def drafts():
-    for triple in split.triples:
-      text, others = triple.anti_stereotype, tuple(sorted(terms[triple.domain] - {triple.term}))
-      fillings = tuple(sentence[triple.prefix :].strip(" .,;!?") for sentence in triple.sentences[:2])
-      yield Draft(triple.id, "", text, find_entities(text, [triple.term]), others, known=fillings)
-      advance(1)
+  def draft(triple: Triple) -> Draft:
+    text, others = triple.anti_stereotype, tuple(sorted(terms[triple.domain] - {triple.term}))
+    fillings = tuple(sentence[triple.prefix :].strip(" .,;!?") for sentence in triple.sentences[:2])
+    return Draft(triple.id, "", text, find_entities(text, [triple.term]), others, known=fillings)
 
   negatives = {"stereotype": lambda d, rng: [stereotypes[d.id]], "swap_ent": swap_entities, "toxic": toxic_rewrite}
   negatives |= more
   limits = Limits(jaccard=1.0)  # a stereotype differs from its anti-stereotype by a word or two, and is meant to
-  return make_groups(drafts(), {"framing": framing}, negatives, seed, limits=limits)
+  return make_groups(map(draft, split.triples), {"framing": framing}, negatives, seed, limits=limits)
 
 
 def _groups(split: Split, seed: int) -> Sequence[Group]:

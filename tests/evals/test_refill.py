@@ -33,10 +33,14 @@ def test_a_causal_model_fills_rewrites_and_says_how_sure_it_is(causal):
   made = fill([f"the {MASK} sat on {MASK}"])[0]
   assert len(made) == 2 and MASK not in "".join(made)
   assert filler(causal, top=5, seed=1)([f"the {MASK} sat on {MASK}"])[0] == made
+  together = fill([f"the {MASK} sat on {MASK}", f"a {MASK}"])
+  assert [len(made) for made in together] == [2, 1] and "" not in together[0]
+  rewrite = rewriter(causal, Sampling(max_tokens=4, temperature=1.0))
   rng = np.random.default_rng(0)
   assert MASK not in mask_and_refill(fill)(DRAFT, rng)[0]
-  assert len(regenerate(rewriter(causal, Sampling(max_tokens=4, temperature=1.0)))(DRAFT, rng)) == 1
-  sampled = unsure(causal, samples=3, max_tokens=4)("the cat")
+  assert len(regenerate(lambda *pair: rewrite([pair])[0])(DRAFT, rng)) == 1
+  sampled, other = unsure(causal, samples=3, max_tokens=4)(["the cat", "a"])
+  assert [text for text, _ in other] != [text for text, _ in sampled]
   assert sampled and all(0 < p <= 1 for _, p in sampled)
   assert low_confidence(lambda source: sampled, most=1.0)(DRAFT, rng)[0] == min(sampled, key=lambda pair: pair[1])[0]
   with pytest.raises(UserError, match="nothing to fill"):
