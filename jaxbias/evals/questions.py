@@ -133,6 +133,8 @@ class _Asking:
     start, end = self.reading.enclosing()
     context, options = self.ids[row.context], [self.ids[option] for option in row.options]
     _something(options)
+    if row.ended:
+      options = [[*option, self._end()] for option in options]
     lengths = [len(option) - self.reading.causal + len(end) for option in options]  # a last token conditions nothing
     longest = int(np.argmax(lengths))
     context = self._fit(context, len(start) + lengths[longest], f"option {longest + 1} and its context")
@@ -188,6 +190,12 @@ class _Asking:
     ids = self._fit(ids, len(start + end), "the text")
     self.whole = self.pool.number(_segment([*start, *ids, *end], [], []))
     return []
+
+  def _end(self) -> int:
+    if not self.reading.causal or self.reading.tokenizer.eos_id is None:
+      raise UserError("the options are to end with the end-of-text token, which takes a causal model whose tokenizer "
+                      "names one (`eos_token` in its tokenizer_config.json).")
+    return self.reading.tokenizer.eos_id
 
   def _fit(self, cut: list[int], rest: int, what: str) -> list[int]:
     """`cut` without what is too much on its left, if that is allowed; `rest`: positions that stay."""

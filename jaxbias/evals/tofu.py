@@ -7,8 +7,9 @@ inference) and retain_model.json, what `as_retain_model` makes of a model traine
 quality, the reference attack, the leak against it). Metrics for which files are missing are left out.
 
 Twenty questions in a row are about one author in the forget, retain and holdout sets; the bootstrap draws authors there
-and questions elsewhere, each set apart. ROUGE is unstemmed, so it and the utility that holds it are a little below
-those of the rouge_score package with its stemmer.
+and questions elsewhere, each set apart. The `_eos` variants count the end-of-text token as an answer token, as the
+published codes do: in losses and what is made of them (probabilities, ratios, three of the attacks). ROUGE is
+unstemmed, so it and the utility that holds it are a little below those of the rouge_score package with its stemmer.
 
 Axis letters: E questions, C clusters, K clusters of the holdout, R resamples.
 """
@@ -58,7 +59,7 @@ class Question:
     return (self.answer, *((self.right,) if self.right != self.answer else ()), *self.wrong)
 
 
-def load(path: str) -> list[Question]:
+def load(path: str, ended: bool = False) -> list[Question]:
   """TOFU's folder, or its forget file with the others beside it."""
   folder = Path(path) if Path(path).is_dir() else Path(path).parent
   files = {name: _only(folder, pattern) for name, pattern in FILES.items()}
@@ -67,7 +68,7 @@ def load(path: str) -> list[Question]:
   holdout = sorted(folder.glob(HOLDOUT))
   if holdout:
     files["holdout"] = _only(folder, HOLDOUT)
-  retained = _retain_model(folder / RETAIN_MODEL)
+  retained = _retain_model(folder / RETAIN_MODEL, ended)
   questions = [question for name, file in files.items() for question in _read(name, file, retained)]
   known = [q for q in questions if q.set in ("forget", "holdout")]
   for key in ("truth_ratio", "loss"):
@@ -86,10 +87,13 @@ def _only(folder: Path, pattern: str) -> Path:
   return found[0]
 
 
-def _retain_model(file: Path) -> dict[str, dict[str, float]]:
+def _retain_model(file: Path, ended: bool) -> dict[str, dict[str, float]]:
   if not file.exists():
     return {}
   record = json_file(file)
+  if record.get("ended", False) != ended:
+    raise UserError(f"{file} was made {'without' if ended else 'with'} the end-of-text token in its losses; make it "
+                    f"anew with the answers to `{'tofu_eos' if ended else 'tofu'}`, or evaluate the other variant.")
   values = {key: field(record, key, dict, file) for key in ("truth_ratio", "loss")}
   for key, of_id in values.items():
     wrong = [identity for identity, value in of_id.items() if not isinstance(value, int | float)]
@@ -120,43 +124,50 @@ def _read(name: str, file: Path, retained: Mapping[str, Mapping[str, float]]) ->
   return found
 
 
-def rows(questions: Sequence[Question], generate: bool) -> list[Choice | Prompt]:
-  """Every answer after its question; with `generate` the greedy continuations that ROUGE reads, but for the holdout."""
+def rows(questions: Sequence[Question], generate: bool, ended: bool = False) -> list[Choice | Prompt]:
+  """Every answer after its question; with `generate` the greedy continuations that ROUGE reads, but for the holdout.
+
+  ended: the end-of-text token is every answer's last one.
+  """
   context = {q.id: f"Question: {q.text}\nAnswer:" for q in questions}
-  asked = [Choice(q.id, context[q.id], tuple(" " + option for option in q.options)) for q in questions]
+  asked = [Choice(q.id, context[q.id], tuple(" " + option for option in q.options), ended=ended)
+           for q in questions]
   return asked + [Prompt(f"{q.id}/greedy", context[q.id], max_tokens=200, stop=("\n",))
                   for q in questions if generate and q.set != "holdout"]
 
 
-def items(questions: Sequence[Question], answers: Mapping[str, Any]) -> list[dict[str, float]]:
+def items(questions: Sequence[Question], answers: Mapping[str, Any], ended: bool = False) -> list[dict[str, float]]:
   """Each question's measures, by name. `ratio` is the raw truth ratio, `truth_ratio` what is averaged of it."""
   missing = [q.id for q in questions if q.id not in answers]
   if missing:
     raise UserError(f"the answers lack {len(missing)} of {len(questions)} ids, `{missing[0]}` first.")
-  return [_measures(q, answers[q.id], answers.get(f"{q.id}/greedy")) for q in questions]
+  return [_measures(q, answers[q.id], answers.get(f"{q.id}/greedy"), ended) for q in questions]
 
 
-def _measures(q: Question, tokens: Sequence[TokenScores], greedy: Sequence[str] | None) -> dict[str, float]:
+def _measures(
+  q: Question, tokens: Sequence[TokenScores], greedy: Sequence[str] | None, ended: bool
+) -> dict[str, float]:
   losses = [unlearning.loss(option) for option in tokens]
   first_wrong = len(q.options) - len(q.wrong)
   right, wrong = losses[first_wrong - 1], losses[first_wrong:]
-  found = unlearning.attacks(tokens[0], q.answer, q.retained.get("loss"))
+  found = unlearning.attacks(tokens[0], q.answer, q.retained.get("loss"), ended=ended)
   if q.wrong:
     ratio = unlearning.truth_ratio(right, wrong)
     found["ratio"] = ratio
     found["truth_ratio"] = min(ratio, 1 / (ratio + unlearning.EPSILON)) if q.set == "forget" else max(0.0, 1 - ratio)
   plain = q.set in ("forget", "retain", "holdout")
   found["probability"] = float(np.exp(-losses[0])) if plain else unlearning.normalised_probability(right, wrong)
-  found["exact_memorization"] = unlearning.exact_memorization(tokens[0])
-  found["extraction_strength"] = unlearning.extraction_strength(tokens[0])
+  answer = unlearning.words(tokens[0], ended)
+  found["exact_memorization"] = unlearning.exact_memorization(answer)
+  found["extraction_strength"] = unlearning.extraction_strength(answer)
   if greedy is not None:
     found[ROUGE] = unlearning.rouge_l_recall(q.answer, greedy[0])
   return found
 
 
-def reduce(questions: Sequence[Question], answers: Mapping[str, Any], **how) -> Result:
+def reduce(questions: Sequence[Question], answers: Mapping[str, Any], ended: bool = False, **how) -> Result:
   """All that the files allow, in one group; `items` are `<set>_<measure>`. `how` goes to `stats.bootstrap_interval`."""
-  measured = items(questions, answers)
+  measured = items(questions, answers, ended)
   of_set = {name: [e for e, q in enumerate(questions) if q.set == name] for name in (*FILES, "holdout")}
   value_E = {f"{name}_{measure}": np.array([measured[e][measure] for e in places])
              for name, places in of_set.items() if places for measure in measured[places[0]]}
@@ -208,12 +219,15 @@ def _auc(attack: str, value_E: Mapping[str, np.ndarray], cluster: Mapping[str, S
   return stats.bootstrap_interval(statistic, (len(size_C), len(size_K)), **how)
 
 
-def as_retain_model(questions: Sequence[Question], answers: Mapping[str, Any]) -> dict[str, Any]:
-  """What retain_model.json holds, from the answers of a model that never saw the forget set."""
-  measured = {q.id: found for q, found in zip(questions, items(questions, answers), strict=True)
+def as_retain_model(
+  questions: Sequence[Question], answers: Mapping[str, Any], ended: bool = False
+) -> dict[str, Any]:
+  """What retain_model.json holds, from the answers of a model that never saw the forget set; it serves the variants
+  that are `ended` alike."""
+  measured = {q.id: found for q, found in zip(questions, items(questions, answers, ended), strict=True)
               if q.set in ("forget", "holdout")}
   record = {"truth_ratio": {identity: found["ratio"] for identity, found in measured.items() if "ratio" in found},
-            "loss": {identity: found["loss"] for identity, found in measured.items()}}
+            "loss": {identity: found["loss"] for identity, found in measured.items()}, "ended": ended}
   leak = {name: [found["min_k"] for identity, found in measured.items() if identity.startswith(name)]
           for name in ("holdout", "forget")}
   return record | ({"leak_auc": float(unlearning.higher(*leak.values()).mean())} if leak["holdout"] else {})
@@ -231,11 +245,16 @@ def _metrics(generate: bool) -> dict:
   }  # fmt: skip
 
 
-def _task(name: str, generate: bool) -> Task:
-  benchmark = Benchmark(name, _metrics(generate), "Maini et al. 2024; formulas of open-unlearning (Dorna et al. 2025)",
+def _task(name: str, generate: bool, ended: bool) -> Task:
+  benchmark = Benchmark(name, _metrics(generate), "Maini et al. 2024; formulas of open-unlearning (Dorna et al. 2025); "
+                        f"the end-of-text token is {'an' if ended else 'no'} answer token",
                         cluster="author (forget, retain, holdout) or question")
-  return Task(benchmark, CAUSAL, TOKENS_AND_CONTINUATIONS if generate else TOKENS, load,
-              functools.partial(rows, generate=generate), reduce)
+  bind = functools.partial
+  return Task(benchmark, CAUSAL, TOKENS_AND_CONTINUATIONS if generate else TOKENS, bind(load, ended=ended),
+              bind(rows, generate=generate, ended=ended), bind(reduce, ended=ended))
 
 
-TASKS = (_task("tofu", generate=True), _task("tofu_likelihood", generate=False))
+TASKS = (
+  _task("tofu", generate=True, ended=False), _task("tofu_likelihood", generate=False, ended=False),
+  _task("tofu_eos", generate=True, ended=True), _task("tofu_likelihood_eos", generate=False, ended=True),
+)  # fmt: skip

@@ -1,7 +1,9 @@
 """Measures of what a model forgot, from the log-probabilities of teacher-forced answers (tasks: `evals/tofu.py`).
 
 Definitions are those of open-unlearning's code (Dorna et al. 2025); where a paper's formula differs it is said. Losses
-are mean NLL of an answer's tokens, nats a token. The end token, which that code counts in losses, is not scored here.
+are mean NLL of an answer's tokens, nats a token. That code counts the end-of-text token as an answer's last one in
+losses, and so in probabilities and ratios; memorisation and the min-k attacks leave it out. Here answers have it where
+their rows are `ended`, and `words` takes it off again.
 
 Axis letters: N tokens of an answer, M and K members of two samples.
 """
@@ -18,6 +20,11 @@ from jaxbias.evals.task import TokenScores
 
 EPSILON = 1e-10
 ATTACKS = ("loss", "zlib", "min_k", "min_k_plus_plus", "reference")
+
+
+def words(answer: TokenScores, ended: bool) -> TokenScores:
+  """The answer without the end-of-text token, which is its last one where it is `ended`."""
+  return TokenScores(*(value[:-1] for value in vars(answer).values())) if ended else answer
 
 
 def loss(answer: TokenScores) -> float:
@@ -50,14 +57,17 @@ def extraction_strength(answer: TokenScores) -> float:
   return float(1.0 - min(start, len(answer.greedy) - 1) / len(answer.greedy))
 
 
-def attacks(answer: TokenScores, text: str, reference: float | None = None, share: float = 0.4) -> dict[str, float]:
+def attacks(
+  answer: TokenScores, text: str, reference: float | None = None, share: float = 0.4, ended: bool = False
+) -> dict[str, float]:
   """Membership scores, each lower for a text that was trained on.
 
   loss; zlib: over the bytes of the compressed text (Carlini et al. 2021); min_k: -log p of the least likely `share` of
   tokens (Shi et al. 2024); min_k_plus_plus: the same of (log p - mean) / std under the model (Zhang et al. 2025);
-  reference: minus the loss of another model, where it is known.
+  reference: minus the loss of another model, where it is known. Where the answer is `ended`, losses count the
+  end-of-text token and the two min-k scores do not.
   """
-  nll = loss(answer)
+  nll, answer = loss(answer), words(answer, ended)
   lowest = max(1, int(share * len(answer.logprob)))
   typical_N = (np.asarray(answer.logprob) - answer.mean) / np.maximum(answer.std, 1e-3)
   found = {"loss": nll, "zlib": nll / len(zlib.compress(text.encode())),

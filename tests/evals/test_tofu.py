@@ -16,7 +16,7 @@ from jaxbias.evals.task import TokenScores
 
 DATA = Path(__file__).resolve().parents[2].parent / "shared/data/tofu"
 needs_data = pytest.mark.skipif(not DATA.exists(), reason="TOFU's files are not beside the repository")
-FULL, LIKELIHOOD = tofu.TASKS
+FULL, LIKELIHOOD, FULL_EOS, LIKELIHOOD_EOS = tofu.TASKS
 WITH = {"question": "Who?", "answer": "She did", "paraphrased_answer": "It was she", "perturbed_answer": ["He", "They"]}
 WITHOUT = {"question": "Where?", "answer": "Here", "perturbed_answer": ["There", "Yonder"]}
 RECORDS = {"forget01_perturbed.json": [WITH] * 2, "retain_perturbed.json": [WITH],
@@ -98,6 +98,43 @@ def test_a_retain_model_and_a_holdout_add_quality_and_attacks(tmp_path):
   assert_allclose(found["privacy_leak"], 0.0, atol=1e-9)  # the retain model's AUC is 0.5 as well: all tie
   assert_allclose(result.items["holdout_reference"], [-2.0, -1.5, 1.5])
   assert set(found) == set(LIKELIHOOD.benchmark.metrics)
+
+
+def test_the_end_of_text_token_counts_in_losses_alone(tmp_path):
+  """By hand: every answer is two tokens and the end of text; the means are of three."""
+  path = folder(tmp_path, **{"holdout01.json": [WITHOUT]})
+  questions = LIKELIHOOD_EOS.load(str(path))
+  asked = LIKELIHOOD_EOS.rows(questions)
+  assert all(row.ended for row in asked) and not any(row.ended for row in LIKELIHOOD.rows(questions))
+  assert FULL_EOS.rows(questions)[: len(asked)] == asked
+  with_end = TokenScores(np.array([-1.0, -2.0, -6.0]), np.array([True, True, False]), np.zeros(3), np.ones(3))
+  wrong = tokens(-4.0, -5.0, -9.0)  # 6 with its end, 4.5 without
+  given = {q.id: [with_end] * (len(q.options) - len(q.wrong)) + [wrong] * len(q.wrong) for q in questions}
+  without = {name: [TokenScores(*(x[:-1] for x in vars(option).values())) for option in options]
+             for name, options in given.items()}
+  found, plain = (task.reduce(questions, values).items for task, values in
+                  ((LIKELIHOOD_EOS, given), (LIKELIHOOD, without)))
+  assert_allclose(found["forget_loss"], 3.0)
+  assert_allclose(plain["forget_loss"], 1.5)
+  assert_allclose(found["forget_probability"], np.exp(-3.0))
+  assert_allclose(found["forget_ratio"], np.exp(-6.0 + 3.0), rtol=1e-6)
+  assert_allclose(found["forget_zlib"], 2 * plain["forget_zlib"])
+  for measure in ("exact_memorization", "extraction_strength", "min_k", "min_k_plus_plus"):
+    assert_allclose(found[f"forget_{measure}"], plain[f"forget_{measure}"])
+  assert_allclose([found["forget_exact_memorization"][0], found["forget_min_k"][0]], [1.0, 2.0])
+  for task in (FULL, FULL_EOS, LIKELIHOOD, LIKELIHOOD_EOS):
+    counted = "an" if task.name.endswith("_eos") else "no"
+    assert task.benchmark.source.endswith(f"the end-of-text token is {counted} answer token")
+
+
+def test_a_retain_models_file_belongs_to_one_rule(tmp_path):
+  path = folder(tmp_path)
+  questions = LIKELIHOOD_EOS.load(str(path))
+  given = {q.id: [tokens(-1.0, -2.0, -6.0)] * len(q.options) for q in questions}
+  (path / "retain_model.json").write_text(json.dumps(tofu.as_retain_model(questions, given, ended=True)))
+  assert LIKELIHOOD_EOS.load(str(path))[0].retained["loss"] == 3.0
+  with pytest.raises(UserError, match="retain_model.json was made with the end-of-text token .* answers to `tofu`"):
+    LIKELIHOOD.load(str(path))
 
 
 def test_authors_are_drawn_where_twenty_questions_are_about_each(tmp_path):
