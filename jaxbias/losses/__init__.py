@@ -3,6 +3,7 @@
 from jaxbias.losses import (  # noqa: F401
   collapse,
   contrastive,
+  debiasers,
   likelihood,
   preference,
   remedies,

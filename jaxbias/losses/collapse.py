@@ -1,8 +1,8 @@
 """Neural-collapse alignment of chosen words: do class means of states point where the words' output weights do?
 
 A class is a word, its feature the state that predicts it, its weight the row of the head (the mean of its rows where a
-word has several pieces). The word list comes with the statistics, as data: {"ids", "counts", "sums", "step"} of
-TrainState.aux. C classes, M pieces of the longest word.
+word has several pieces). The word list comes with the statistics, as data: {"ids", "group", "counts", "sums", "step"}
+of TrainState.aux. C classes, M pieces of the longest word.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxbias.data.tokens import Tokenizer
-from jaxbias.data.wordlists import PIECES, classes, read_words
+from jaxbias.data.wordlists import PIECES, classes, groups_of_classes, read_groups, read_words
 from jaxbias.errors import UserError
 from jaxbias.losses.context import LossContext
 from jaxbias.losses.registry import ANY, Found, register_loss
@@ -30,11 +31,18 @@ PUBLISHED = {"form": "std", "site": "stack_out", "shift": "1", "gradient": "weig
 def init_statistics(config: ModelConfig, tokenizer: Tokenizer | None, options: Mapping[str, str]) -> dict:
   """Empty statistics of the list that the options name. Without a tokenizer: of their sizes, one piece a word."""
   words, D = read_words(options["words"]), config.table_size
-  ids = classes(words, tokenizer, options["pieces"]) if tokenizer else [[0]] * len(words)
-  ids = jnp.asarray(ids, jnp.int32)
+  ids, group = np.zeros((len(words), 1), np.int32), np.zeros(len(words), np.int32)
+  if tokenizer:
+    ids = classes(words, tokenizer, options["pieces"])
+    group = groups_of_classes(ids, read_groups(options["words"]), tokenizer, options["pieces"])
   if options["site"] == "stack_out" and D != config.hidden_size:
     raise UserError(f"stack_out is {config.hidden_size} wide and the head reads {D}; use site = head_input.")
-  return {"ids": ids, "counts": jnp.zeros(len(ids), jnp.int32), "sums": jnp.zeros((len(ids), D)), "step": jnp.int32(0)}
+  return {"ids": jnp.asarray(ids), "group": jnp.asarray(group), **no_sums(len(ids), D)}
+
+
+def no_sums(C: int, D: int) -> dict:
+  """Statistics of no occurrence yet."""
+  return {"counts": jnp.zeros(C, jnp.int32), "sums": jnp.zeros((C, D)), "step": jnp.int32(0)}
 
 
 # Statistics
@@ -111,6 +119,13 @@ def spread(s_C: jax.Array, present_C: jax.Array) -> jax.Array:
   return jnp.where(ok, jnp.sqrt(jnp.where(ok, square / jnp.maximum(n - 1, 1), 1.0)), 0.0)
 
 
+def group_gap(s_C: jax.Array, present_C: jax.Array, group_C: jax.Array) -> Metric:
+  """Mean s of the list's first group less that of its second; weight 0 where either has no present class."""
+  first, second = (Metric.over(s_C, present_C & (group_C == number)) for number in (0, 1))
+  both = (first.weight > 0) & (second.weight > 0)
+  return Metric(jnp.where(both, first.value() - second.value(), 0.0), both.astype(jnp.float32))
+
+
 def penalty(s_C: jax.Array, present_C: jax.Array, form: str) -> jax.Array:
   mean = Metric.over(s_C, present_C).value()
   return {
@@ -160,6 +175,6 @@ def nc3(
   s_C, enough = alignment(new["counts"], new["sums"], w_CD, present), present.sum() > 1
   one = jnp.float32(1.0)
   notes = {"classes": Metric(present.sum().astype(jnp.float32), one), "similarity": Metric.over(s_C, present),
-           "spread": Metric(spread(s_C, present), one)}  # fmt: skip
+           "spread": Metric(spread(s_C, present), one), "gap": group_gap(s_C, present, aux["group"])}  # fmt: skip
   loss = Metric(jnp.where(enough, penalty(s_C, present, form), 0.0), enough.astype(jnp.float32))
   return Found(loss, *jax.lax.stop_gradient((new, notes)))

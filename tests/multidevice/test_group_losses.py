@@ -15,13 +15,15 @@ from numpy.testing import assert_allclose
 
 ROOT = Path(__file__).parents[2]
 LOSSES = {"contrast": {"scale": "ema"}, "group_ce": {}, "supcon": {}, "infonce": {}, "clp": {},
-          "clp:odds": {"form": "log_odds"}, "nc3": {"words": "made up"}}  # fmt: skip
+          "clp:odds": {"form": "log_odds"}, "nc3": {"words": "made up"}, "mabel_contrast": {}, "mabel_alignment": {},
+          "adept": {}, "adept_anchor": {}, "ase_orthogonal": {}}  # fmt: skip
 
 
 def worker(out: Path) -> None:
   import jax
   import jax.numpy as jnp
 
+  from jaxbias.losses.collapse import no_sums
   from jaxbias.losses.context import LossContext
   from jaxbias.losses.contrastive import init_contrast_head
   from jaxbias.losses.registry import evaluate, parse
@@ -53,14 +55,17 @@ def worker(out: Path) -> None:
   head = 30 * np.asarray(init_contrast_head(jax.random.key(0), tiny_config(hidden_size=D))["w1"])
   params = {"contrast": {"w1": head, "b1": np.zeros(D, np.float32), "w2": head.T, "b2": np.zeros(D, np.float32)}}
   aux = {"contrast scale": np.float32(np.nan), "nc3": {
-    "ids": np.arange(6, dtype=np.int32).reshape(3, 2), "counts": np.zeros(3, np.int32),
-    "sums": np.zeros((3, D), np.float32), "step": np.int32(0)}}  # fmt: skip
+    "ids": np.arange(6, dtype=np.int32).reshape(3, 2), "group": np.array([0, 1, 1], np.int32), **no_sums(3, D)}}
+  words = {"attribute": np.array([[0], [1]], np.int32), "neutral": np.array([2, 3], np.int32)}
+  aux |= {"adept": {**words, **no_sums(2, 2 * D)}, "ase_orthogonal": {**words, **no_sums(2, D)}}  # fmt: skip
   matrix = rng.normal(size=(V, D)).astype(np.float32)
 
   @jax.jit
   def run(hidden, logprob, params, matrix, batch, aux):
     def of(hidden, params, matrix):
-      ctx = LossContext(batch, logprob, hidden_BTD=hidden, captures={"stack_out": hidden}, head=Head(matrix))
+      captures = {"stack_out": hidden, "residual_out": jnp.stack([hidden, 2 * hidden])}
+      ctx = LossContext(batch, logprob, hidden_BTD=hidden, captures=captures, head=Head(matrix),
+                        base_captures={"residual_out": jnp.zeros((2, *hidden.shape))})  # fmt: skip
       out = evaluate(objective, ctx, coefficients, params, aux)
       return out.total, out
 
@@ -89,7 +94,7 @@ def test_eight_devices_give_the_losses_gradients_and_statistics_of_one(tmp_path)
       assert np.isfinite(one[key]).all()
       assert_allclose(eight[key], one[key], rtol=2e-4, atol=2e-6, err_msg=key)
     weights = [float(one[key]) for key in one.files if ".parts" in key and key.endswith(".weight")]
-    assert len(weights) == 7 and all(weights), "every loss counted something"
+    assert len(weights) == len(LOSSES) and all(weights), "every loss counted something"
 
 
 if __name__ == "__main__":
