@@ -124,6 +124,25 @@ def _parser() -> argparse.ArgumentParser:
   p.add_argument("--batch", metavar="N", type=int, default=32, help="examples in a step; default 32")
   p.add_argument("--max-length", metavar="N", type=int, default=128, help="tokens of an example; default 128")
 
+  p = verb("collapse", _collapse, "neural collapse of models or checkpoints, by class and layer (docs/collapse.md)")
+  p.add_argument("--model", metavar="[LABEL=]SOURCE", action="append", help="repeated for several; LABEL: a name, or a "
+                 f"step; SOURCE: {SOURCE_HELP}")
+  p.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32 on CPU, bfloat16 elsewhere")
+  p.add_argument("--data", metavar="FILE", required=True, help="a text, or .jsonl lines of `text`, maybe with `labels`")
+  p.add_argument("--classes", metavar="NAME[,NAME]", default="gender", help="gender, occupations, a list's file, "
+                 "vocabulary, random:N, labels; default: gender")
+  p.add_argument("--sites", metavar="NAME[,NAME]", default="head_input", help="head_input, stack_out, layer_N or all")
+  p.add_argument("--pieces", default="single", help="of a word of several: single (left out), first, pooled")
+  p.add_argument("--shift", default="auto", help="1: the state before a token; 0: its own; auto: by the kind of model")
+  p.add_argument("--min-count", metavar="N", type=int, default=2, help="classes seen less often are left out")
+  p.add_argument("--held-out", metavar="SHARE", type=float, default=0.2, help="of the texts, for NC4; default 0.2")
+  p.add_argument("--passes", type=int, choices=(1, 2), default=1, help="2: variances around final means, as published")
+  p.add_argument("--seed", type=int, default=0, help="of random classes and of what is held out")
+  p.add_argument("--limit", metavar="N", type=int, help="only the first N texts")
+  p.add_argument("--compat", action="store_true", help="also `dual_dists`, which was published as a distance")
+  p.add_argument("--out", metavar="DIR", type=Path, help="collapse.json and pictures")
+  _processes(p)
+
   p = verb("score", _score, "log-probability of every option of anyone's rows")
   _model(p)
   p.add_argument("--rows", metavar="FILE", type=Path, required=True, help="JSON lines {id, context, options}")
@@ -323,6 +342,25 @@ def _finetune(options, rest: Sequence[str]) -> None:
   print(f"\nresult: {options.workdir / finetune.RESULT}")
   if failed:
     raise UserError("\n  ".join(failed))
+
+
+def _collapse(options, rest: Sequence[str]) -> None:
+  _start_jax()
+  from jaxbias import distributed
+  from jaxbias.evals import collapse_run
+  from jaxbias.report.collapse_figures import save
+
+  found = collapse_run.run(
+    options.model or ["smollm2-135m-instruct"], options.data, options.classes.split(","),
+    sites=options.sites.split(","), passes=options.passes, compat=options.compat, dtype=options.dtype,
+    limit=options.limit, out=options.out, command=_command(), pieces=options.pieces, shift=options.shift,
+    min_count=options.min_count, held_out=options.held_out, seed=options.seed,
+  )  # fmt: skip
+  for table in collapse_run.tables(found):
+    _print(table)
+  if options.out and distributed.first():
+    for path in save(collapse_run.rows(found), options.out):
+      print(f"picture: {path}")
 
 
 def _score(options, rest: Sequence[str]) -> None:
