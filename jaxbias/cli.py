@@ -1,4 +1,4 @@
-"""`python -m jaxbias VERB`: compare | train | plan | evaluate | finetune | score | report | convert | fetch.
+"""`python -m jaxbias VERB`: compare | train | diagnose | plan | evaluate | finetune | score | report | convert | fetch.
 
 Nothing heavy is imported before a verb needs it, so that `--help` answers at once. Several processes can be one run
 (`jaxbias/distributed.py`): all of them compute, the first one prints and writes.
@@ -76,6 +76,11 @@ def _parser() -> argparse.ArgumentParser:
   p.add_argument("--config", metavar="FILE", required=False, help="a config file, e.g. configs/quickstart.py")
   p.add_argument("--variant", metavar="NAME", help="which of the config's variants; not needed if it has one")
   p.add_argument("--workdir", metavar="DIR", type=Path, required=True, help="where the run goes")
+
+  p = verb("diagnose", _diagnose, "a grid of objectives, remedies and data sizes: what forgetting has to do with "
+           "fairness and performance", epilog=CONFIG_HELP)  # fmt: skip
+  p.add_argument("--config", metavar="FILE", required=False, help="such as configs/diagnose_planted.py")
+  p.add_argument("--workdir", metavar="DIR", type=Path, required=True, help="where runs, table and report go")
 
   p = verb("plan", _plan, "what a train step would need on devices that are not here", epilog=CONFIG_HELP)
   p.add_argument("--config", metavar="FILE", required=False, help="a config file, e.g. configs/quickstart.py")
@@ -249,6 +254,14 @@ def _train(options, rest: Sequence[str]) -> None:
     raise UserError(f"{wanted}; {did_you_mean(name or '', config.variants)}")
   config.compare = (name,)
   _run(config, options.workdir)
+
+
+def _diagnose(options, rest: Sequence[str]) -> None:
+  config = _config(options, rest)
+  _start_jax()
+  from jaxbias.diagnose import diagnose
+
+  print(f"report: {diagnose(config, options.workdir, _command())}")
 
 
 def _plan(options, rest: Sequence[str]) -> None:

@@ -21,7 +21,7 @@ LAYERS = (
   {"models"},
   {"losses", "interp"},
   {"methods", "train", "evals"},
-  {"report", "cli", "compare", "convert", "finetune", "groups", "handle", "plan", "__main__"},
+  {"report", "cli", "compare", "convert", "diagnose", "finetune", "groups", "handle", "plan", "__main__"},
 )
 RANK = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms}
 NEVER = {  # room -> rooms that it must not know, whatever their layer

@@ -217,7 +217,7 @@ def test_a_domain_that_a_split_lacks_is_named(tmp_path):
 def test_a_file_that_is_not_there_and_one_that_is_a_folder(tmp_path):
   assert message(sources.load, "bultin") == (
     "`bultin` is neither a file nor a built-in data set; did you mean `builtin`?")
-  assert message(sources.load, str(tmp_path)) == f"{tmp_path} is a folder, a file is needed."
+  assert message(sources.load, str(tmp_path)) == f"{tmp_path}/triples.jsonl: there is no such file."
   missing = tmp_path / "no.json"
   assert message(sources.read_split, missing) == f"{missing}: there is no such file."
   assert "has a split of its own" in message(sources.load, "builtin", "split.json")

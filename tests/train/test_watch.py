@@ -136,9 +136,9 @@ def test_the_last_look_is_what_the_run_is_reported_with(watched):
   assert row["name"] == "npo" and "forgetting against" in (watched / "report.html").read_text().lower()
 
 
-@pytest.mark.parametrize("kept, extra", [(3, ""), (3, '{"step": 6, "over'), (None, "")])
+@pytest.mark.parametrize("kept, extra", [(3, '{"step": 6, "over'), (None, "")])
 def test_a_continued_run_looks_as_an_uninterrupted_one(watched, tiny, general, tmp_path, monkeypatch, kept, extra):
-  """As if killed behind step 3, behind half a line of step 6, and before anything was saved."""
+  """As if killed behind step 3 in the middle of a line, and before anything was saved."""
   monkeypatch.setenv("JAXBIAS_CACHE", str(tiny.cache))
   again = shutil.copytree(watched, tmp_path / "run")
   folder = again / "npo-seed0"
@@ -235,7 +235,7 @@ def test_gradients_of_the_terms_are_those_of_each_term_alone(job, run):
   assert_allclose(found, gradients @ gradients.T, rtol=1e-3, atol=1e-6)
   said = conflict.describe(keys, found)
   norms = np.linalg.norm(gradients, axis=1)
-  assert keys == ["kl", "npo", "sft"] or set(keys) == {"kl", "npo", "sft"}
+  assert set(keys) == {"kl", "npo", "sft"}
   assert_allclose([said["norm"][key] for key in keys], norms, rtol=1e-3)
   assert_allclose(said["norm"]["total"], np.linalg.norm(gradients.sum(0)), rtol=1e-3)
   for i, j in ((0, 1), (0, 2), (1, 2)):

@@ -1,0 +1,44 @@
+"""The diagnosis on the planted language: four corpora, three sizes, seven remedies, three seeds, a tiny model.
+
+  python -m jaxbias diagnose --config=configs/diagnose_planted.py --workdir=runs/diagnose_planted
+
+Writes the language, fits its start model to the known optimum (log 4 nats a pronoun), and trains and watches 57 runs.
+Bias is `gap_size`, |log p(expected) - log p(other)| of the pronoun, since SS stays at 100 until the gap has closed;
+performance is how many of 80 facts are still told from three wrong names. See docs/diagnosis.md for figures.
+"""
+
+from jaxbias.config import defaults
+from jaxbias.diagnose import settings
+
+
+def get_config():
+  c = defaults()
+  c.title = "Diagnosis on the planted language"
+  c.seeds = (0, 1, 2)
+  c.lora.rank, c.train.base = 0, ("*",)
+  c.train.steps, c.train.warmup_steps, c.train.checkpoint_every = 100, 4, 100
+  c.train.rows = {"forget": 1, "retain": 32, "general": 16}
+  c.train.learning_rate = 3e-4
+  c.watch.steps, c.watch.split, c.watch.batches = "0,3,10,30,100", "test", 1
+  c.eval.bootstrap_draws = 200
+  with c.unlocked():
+    c.diagnose = settings() | {
+      "planted": True,
+      "sizes": (30, 300, 3000),
+      "remedies": {
+        "replay": {"remedy": "replay", "strength": 0.5},
+        "ewc": {"remedy": "ewc", "strength": 10.0},
+        "l2sp": {"remedy": "l2sp", "strength": 0.1},
+        "distill": {"remedy": "distill", "strength": 1.0},
+        "mixout": {"remedy": "mixout", "strength": 0.5},
+        "fusion": {"remedy": "fusion", "strength": 0.7},
+        "slower": {"remedy": "learning_rate", "strength": 0.3},
+      },
+      "remedy_sizes": (300,),
+      "columns": {"downstream": {"benchmark": "openbookqa_cloze", "data": "facts.jsonl", "metric": "acc",
+                                 "group": "overall", "limit": 0}},
+      "bias": "gap_size",
+      "level": 0.4,
+      "target": 0.2,
+    }  # fmt: skip
+  return c
