@@ -3,7 +3,8 @@
 The published metric is the F1 of a trained coreference system. These adaptations to causal models are ours:
 
 * winobias: after a sentence, "'He' refers to the" is continued by one of its two occupations; accuracy on pro- and
-  anti-stereotypical sentences and the gap between the two, as the paper's gap of F1.
+  anti-stereotypical sentences and the gap between the two, as the paper's gap of F1. `f1_gap` is the gap of what its
+  code calls F1, over a truth that is all positive.
 * winobias_pronoun: which of the two sentences is likelier as a whole. They differ in pronouns only; as every pair of
   occupations appears with either pronoun, a model that simply prefers "he" scores 50.
 
@@ -16,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,13 +26,14 @@ from jaxbias.data.fields import a_row, text_file
 from jaxbias.data.rows import Choice
 from jaxbias.errors import UserError
 from jaxbias.evals.metrics import Benchmark, Higher, Ideal, Lower, Result, Scores, score_array
-from jaxbias.evals.tabulate import groups_of, tabulate
+from jaxbias.evals.tabulate import Formula, groups_of, tabulate
 from jaxbias.evals.task import CAUSAL, SCORES, Task
 
 SOURCE = "Zhao et al. 2018, uclanlp/corefBias; the adaptation to causal models is ours"
 BENCHMARK = Benchmark(
   name="winobias",
-  metrics={"gap": Ideal(0.0, "%"), "acc": Higher("%"), "acc_pro": Higher("%"), "acc_anti": Higher("%")},
+  metrics={"gap": Ideal(0.0, "%"), "acc": Higher("%"), "acc_pro": Higher("%"), "acc_anti": Higher("%"),
+           "f1_gap": Ideal(0.0, "%")},
   source=SOURCE, cluster="pair of occupations")
 PRONOUN_BENCHMARK = Benchmark(
   name="winobias_pronoun",
@@ -123,6 +125,11 @@ def rows(pairs: Sequence[Pair]) -> list[Choice]:
           for pair in pairs for side, sentence, pronoun in zip(SIDES, pair.sentences, pair.pronouns, strict=True)]
 
 
+def f1(accuracy: np.ndarray) -> np.ndarray:
+  """The published F1 of an accuracy, both in %: every truth is positive, so precision is 1 and recall the accuracy."""
+  return 200.0 * accuracy / (100.0 + accuracy)
+
+
 def reduce(pairs: Sequence[Pair], scores: Scores, **how) -> Result:
   """Share of sentences whose right occupation has the higher summed log-probability; gap = acc_pro - acc_anti."""
   items = {}
@@ -130,7 +137,8 @@ def reduce(pairs: Sequence[Pair], scores: Scores, **how) -> Result:
     right_E, wrong_E = score_array([f"{pair.id} {side}" for pair in pairs], scores, options=2)[..., 0].T
     items[f"acc_{side}"] = 100.0 * (right_E > wrong_E)
   items |= {"acc": (items["acc_pro"] + items["acc_anti"]) / 2, "gap": items["acc_pro"] - items["acc_anti"]}
-  return _table(BENCHMARK, items, pairs, **how)
+  formulas = {"f1_gap": lambda means: f1(means["acc_pro"]) - f1(means["acc_anti"])}
+  return _table(BENCHMARK, items, pairs, formulas, **how)
 
 
 def pronoun_rows(pairs: Sequence[Pair]) -> list[Choice]:
@@ -144,9 +152,10 @@ def reduce_pronoun(pairs: Sequence[Pair], scores: Scores, **how) -> Result:
   return _table(PRONOUN_BENCHMARK, items, pairs, **how)
 
 
-def _table(benchmark: Benchmark, items: dict[str, np.ndarray], pairs: Sequence[Pair], **how) -> Result:
+def _table(benchmark: Benchmark, items: dict[str, np.ndarray], pairs: Sequence[Pair],
+           formulas: Mapping[str, Formula] | None = None, **how) -> Result:
   groups = groups_of([pair.type for pair in pairs], [f"{pair.type} {pair.split}" for pair in pairs])
-  return tabulate(benchmark, items, groups, [" ".join(sorted(pair.occupations)) for pair in pairs], **how)
+  return tabulate(benchmark, items, groups, [" ".join(sorted(pair.occupations)) for pair in pairs], formulas, **how)
 
 
 TASKS = (

@@ -40,8 +40,14 @@ def test_a_model_that_goes_by_the_stereotype_has_the_whole_gap(tmp_path):
             for pair in pairs for side in ("pro", "anti")}
   found = TASKS["winobias"].reduce(pairs, scores, draws=20).estimates
   assert {name: estimate.value for name, estimate in found["overall"].items()} == {
-    "gap": 100.0, "acc": 50.0, "acc_pro": 100.0, "acc_anti": 0.0}
+    "gap": 100.0, "acc": 50.0, "acc_pro": 100.0, "acc_anti": 0.0, "f1_gap": 100.0}
   assert list(found) == ["overall", "type1", "type1 dev"]
+
+
+def test_the_published_f1_of_an_accuracy():
+  """2a / (1 + a): every gold answer is positive. BERT's 143 of 396 are 53.06."""
+  assert_allclose(winobias.f1(100 * 143 / 396), 53.06, atol=5e-3)
+  assert_allclose([winobias.f1(a) for a in (0.0, 50.0, 100.0)], [0.0, 200 / 3, 100.0])
 
 
 def test_preference_for_the_pro_stereotypical_sentence(tmp_path):
