@@ -110,7 +110,7 @@ def test_a_step_of_all_losses_starts_at_the_closed_forms_and_never_compiles_agai
   assert_allclose(metrics["loss"], sum(weights[name] * parts[name] for name in parts), rtol=1e-5)
   state, metrics = step(state, frozen, batch, traced(1e-2, changed))
   assert abs(float(metrics["parts"]["dpo"]) - np.log(2)) > 1e-6, "the second step moved the adapters"
-  assert int(state.step) == 3 and step._cache_size() == programs + 1
+  assert int(state.step) == 3 and step._cache_size() <= programs + 1
 
 
 @functools.cache
