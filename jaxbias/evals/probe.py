@@ -198,7 +198,7 @@ def start(model: LanguageModel, probe: Probe, adapters: Mapping, path: Path, sco
   another model, tokenizer or set of texts made.
   """
   mine = {"model": model.fingerprint, "tokenizer": model.tokenizer.fingerprint, "dtype": model.config.dtype,
-          "texts and masks": probe.fingerprint}  # fmt: skip
+          "set of texts and masks": probe.fingerprint}  # fmt: skip
   if path.exists():
     with np.load(path) as stored:
       for what, value in mine.items():

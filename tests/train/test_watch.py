@@ -180,16 +180,24 @@ def test_of_ten_looks_the_first_alone_compiles(job, run):
 # What a look computes
 
 
+def whole_logits(model: LanguageModel):
+  """(variables, ids [T]) -> log-probabilities of the whole vocabulary at every position, [T, V]."""
+
+  @jax.jit
+  def run(variables, ids_1T):
+    hidden, _ = model.module.apply(variables, ids_1T, jnp.ones_like(ids_1T), jnp.arange(ids_1T.shape[1])[None])
+    return jax.nn.log_softmax(logits(hidden, head(variables["params"], model.config)))
+
+  return lambda variables, ids: np.asarray(run(variables, ids[None]))[0]
+
+
 def test_losses_and_divergence_are_those_of_whole_logits(job, run):
   state, model = moved(job, run), job.trainer.model
   found = probe.look(model, job.probe, run.watch.start, job.trainer.adapters(state), "sum")
   variables = {"params": model.params, **job.trainer.adapters(state)}
 
-  def log_p(variables, ids) -> np.ndarray:
-    ids = jnp.asarray([[model.tokenizer.start_id, *ids]])
-    hidden, _ = model.module.apply(variables, ids, jnp.ones_like(ids), jnp.arange(ids.shape[1])[None])
-    return np.asarray(jax.nn.log_softmax(logits(hidden, head(variables["params"], model.config))))[0, :-1]
-
+  whole = whole_logits(model)
+  log_p = lambda variables, ids: whole(variables, np.array([model.tokenizer.start_id, *ids]))[:-1]
   for i in (0, 7):
     ids = model.tokenizer.encode(job.probe.general.texts[i].text)
     now, start = log_p(variables, ids), log_p({"params": model.params}, ids)
@@ -296,9 +304,7 @@ def test_a_masked_model_is_read_under_masks_that_never_change(masked, tmp_path):
   assert {found[name].value for name in UNCHANGED} == {0.0}
   now = probe.look(masked, asked, start, nudged(masked), "sum")
 
-  log_p = lambda variables, ids: np.asarray(jax.nn.log_softmax(logits(masked.module.apply(
-    variables, ids[None], np.ones_like(ids)[None], np.arange(len(ids))[None])[0],
-    head(variables["params"], masked.config))))[0]  # fmt: skip
+  log_p = whole_logits(masked)
   for t, text in enumerate(GENERAL.texts):
     ids = np.array([2, *masked.tokenizer.encode(text.text), 3])
     losses, divergences = [], []
@@ -334,7 +340,7 @@ def test_masks_are_of_the_text_and_the_seed_alone(masked, tmp_path):
 @pytest.mark.parametrize("change, said", [
   ({"fingerprint": "another"}, "another model"),
   ({"tokenizer": "another"}, "another tokenizer"),
-  ({"general": GENERAL.texts[1:]}, "another texts and masks"),
+  ({"general": GENERAL.texts[1:]}, "another set of texts and masks"),
 ])  # fmt: skip
 def test_answers_of_another_model_tokenizer_or_text_are_refused(masked, tmp_path, change, said):
   path = tmp_path / "start.npz"
@@ -380,7 +386,7 @@ def test_a_row_without_its_group_is_named(tmp_path, row, said):
   ("log", 6, (0, 1, 3, 6)), ("log", 300, (0, 1, 3, 10, 30, 100, 300)), ("log", 1, (0, 1)),
   ("log", 100, (0, 1, 3, 10, 30, 100)), ("", 6, ()), (" 0, 5,5", 6, (0, 5)),
 ])  # fmt: skip
-def test_steps_of_looks(tiny, steps, total, expected):
+def test_steps_of_looks(steps, total, expected):
   c = configs.defaults()
   c.watch.steps, c.train.steps = steps, total
   assert configs.watched(c) == expected
