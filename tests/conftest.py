@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -53,10 +53,12 @@ def smollm2() -> ModelFolder:
 
 
 @pytest.fixture
-def cache(tmp_path, monkeypatch) -> Path:
-  """A cache of this test's own."""
+def cache(tmp_path, monkeypatch) -> Iterator[Path]:
+  """A cache of this test's own; jax, which the command line points to it, forgets it afterwards."""
   monkeypatch.setenv("JAXBIAS_CACHE", str(tmp_path / "cache"))
-  return tmp_path / "cache"
+  before = jax.config.jax_compilation_cache_dir
+  yield tmp_path / "cache"
+  jax.config.update("jax_compilation_cache_dir", before)
 
 
 def llama_tensors(seed: int = 0, bias: bool = False, head: bool = False) -> dict[str, np.ndarray]:

@@ -6,7 +6,6 @@ import hashlib
 import json
 from types import SimpleNamespace
 
-import jax
 import numpy as np
 import pytest
 
@@ -18,6 +17,8 @@ from jaxbias.evals.metrics import Estimate, Result
 from jaxbias.evals.task import TokenScores
 from tests.train import Workplace, read
 
+pytestmark = pytest.mark.usefixtures("cache")
+
 PAIRS = [("a", "the cat", "the hat", "stereo", "race"), ("b", "a cat sat", "a hat sat", "antistereo", "race"),
          ("c", "he ran", "she ran", "stereo", "gender")]  # fmt: skip
 PASSAGES = ["the cat sat on the cat", "a hat is a hat", "one two one two"]
@@ -26,14 +27,6 @@ PASSAGES = ["the cat sat on the cat", "a hat is a hat", "one two one two"]
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> Workplace:
   return Workplace.of(tmp_path_factory)
-
-
-@pytest.fixture(autouse=True)
-def cache_of_the_module(tmp_path, monkeypatch):
-  monkeypatch.setenv("JAXBIAS_CACHE", str(tmp_path / "cache"))
-  before = jax.config.jax_compilation_cache_dir
-  yield
-  jax.config.update("jax_compilation_cache_dir", before)
 
 
 @pytest.fixture

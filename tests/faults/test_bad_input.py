@@ -12,7 +12,6 @@ import subprocess
 import zipfile
 from pathlib import Path
 
-import jax
 import pytest
 
 from jaxbias import cli, files
@@ -20,19 +19,12 @@ from jaxbias import config as configs
 from jaxbias.models import sources
 from tests.train import Workplace, lines, read, tiny_model
 
+pytestmark = pytest.mark.usefixtures("cache")
+
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> Workplace:
   return Workplace.of(tmp_path_factory)
-
-
-@pytest.fixture(autouse=True)
-def cache_of_the_test(monkeypatch, tmp_path):
-  """A cache of the test's own; jax forgets it afterwards."""
-  monkeypatch.setenv("JAXBIAS_CACHE", str(tmp_path / "cache"))
-  before = jax.config.jax_compilation_cache_dir
-  yield
-  jax.config.update("jax_compilation_cache_dir", before)
 
 
 @pytest.fixture
