@@ -31,7 +31,7 @@ SHOWN = {  # metric: (what it is, the value when everything has collapsed)
   "similarity_std": ("(U)NC3: its spread", 0.0),
   "agreement": ("NC4: agreement, %", 100.0),
 }
-LIGHT = 0.55  # of a column's range: darker cells have light figures
+LIGHT = 0.65  # of a column's range: darker cells have light figures
 
 
 def _rows(results: Mapping, group: str | None = None) -> list[Mapping]:
@@ -108,7 +108,7 @@ def collapse_layers(results: Mapping) -> Figure | None:
     for (y, x), number in np.ndenumerate(tables[model]):
       text = "" if np.isnan(number) else f"{number:.3g}"
       ax.text(x, y, text, ha="center", va="center", fontsize=8, color="#ffffff" if shade[y, x] > LIGHT else INK)
-    ax.set_title(shorten(model, 50))
+    ax.set_title(shorten(f"step {model}" if "step" in rows[0] else model, 50))
     ax.set_xticks(range(len(metrics)), [SHOWN[name][0].replace(" ", "\n", 2) for name in metrics], fontsize=7.5)
     ax.set_yticks(range(len(sites)), sites)
     ax.grid(False)

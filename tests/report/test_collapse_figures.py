@@ -39,7 +39,7 @@ def test_curves_have_a_panel_a_statistic_and_a_line_a_group(how):
 
 def test_layers_have_a_figure_each():
   shown = texts(collapse_layers(rows()))
-  assert {"layer_0", "layer_1", "head_input", "0", "400"} <= set(shown) and "100" not in shown
+  assert {"layer_0", "layer_1", "head_input", "step 0", "step 400"} <= set(shown) and "step 100" not in shown
   assert shown.count("0.01") >= 1 and "5.22" in shown  # agreement at the head's input, last model
 
 
