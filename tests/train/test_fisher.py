@@ -47,7 +47,7 @@ def language_model(mesh) -> LanguageModel:
   return LanguageModel("tiny", config, module, params, SimpleNamespace(fingerprint="t"), "f", layout)
 
 
-def texts(lengths=(5, 9, 3, 14, 6)) -> list:
+def texts(lengths=(5, 9, 5, 9, 5)) -> list:
   rng = np.random.default_rng(3)
   return [text_segment(rng.integers(0, 24, n), 1) for n in lengths]
 
