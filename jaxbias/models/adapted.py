@@ -66,7 +66,8 @@ def _run(folder: Path, factor: float | None) -> Adapted:
   import orbax.checkpoint as ocp
 
   logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax narrates every step
-  checkpoints = (folder / "checkpoints").absolute()
+  best = (folder / "best").absolute()  # what a controller kept, and the run reports
+  checkpoints = best if any(best.glob("[0-9]*")) else (folder / "checkpoints").absolute()
   with ocp.CheckpointManager(checkpoints) as manager:
     step = manager.latest_step()
     if step is None:

@@ -14,6 +14,7 @@ from jaxbias.data.pipeline import text_segment
 from jaxbias.errors import UserError
 from jaxbias.methods.controllers import Phase
 from jaxbias.methods.recipes import Row
+from jaxbias.models import adapted
 from jaxbias.train.batches import Texts
 from tests.train import Workplace, lines, read, untimed
 
@@ -101,6 +102,7 @@ def test_the_log_says_what_was_seen_and_decided(controlled):
   best = max(i for i, line in enumerate(log) if line["best"])
   assert gaps[best] == min(gaps)
   assert {p.name for p in (run / "best").iterdir()} == {str(log[best]["step"])}, "the best state is kept"
+  assert adapted.find(run).step == log[best]["step"], "and the run's folder as a model is the best state"
 
 
 def test_a_continued_run_decides_as_an_uninterrupted_one(controlled, tiny, tmp_path):
