@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from flax.traverse_util import flatten_dict
 from rich.table import Table
 
 from jaxbias import config as configs
@@ -42,6 +43,7 @@ SCHEMA = 1
 RESULT, ANSWERS = "finetune.json", "predictions.json"
 ADAPTER_RATE, BASE_RATE = 5e-4, 2e-5  # peak learning rates: of adapters, and where leaves of the base train
 WARMUP = 0.06  # of all steps
+PLANNED_SEEDS = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,6 +170,13 @@ class Job:
     return {seed: Drawn(self.data.examples["train"], self.encoded["train"].segments, self.settings.batch, seed, shards)
             for seed in self.settings.seeds}  # fmt: skip
 
+  @property
+  def shape(self) -> Shape:
+    """Planned on the same seeds whichever are asked, so that what a seed finds does not depend on the others."""
+    drawn, shards = next(iter(self.draws.values())), batch_shards(self.trainer.model.mesh)
+    each = (dataclasses.replace(drawn, seed=seed).shape(self.trainer.train.steps) for seed in range(PLANNED_SEEDS))
+    return union(each, shards)
+
   def folder(self, seed: int) -> Path:
     return self.workdir / f"{self.data.task.name}-seed{seed}"
 
@@ -211,6 +220,7 @@ def prepare(
   encoded = {part: downstream.encode(examples, model.tokenizer, model.config.causal, length)
              for part, examples in data.examples.items()}  # fmt: skip
   config = settings.config(source, dtype, len(data.examples["train"]))
+  config.lora.targets = tuple(name for name in config.lora.targets if name in _projections(model.params))
   trainer = Trainer.of(model, config)
   whole = configs.to_dict(config)
   plain = {name: whole[name] for name in ("model", "dtype", "lora", "train")}  # what `--model` reads of a run
@@ -221,13 +231,17 @@ def prepare(
   return Job(workdir, command, data, encoded, majority, settings, trainer, plain)
 
 
+def _projections(params: Mapping) -> set[str]:
+  """The projections that a model has: encoders, for one, have no gate."""
+  return {path[-2] for path in flatten_dict(dict(params)) if path[0] == "layers" and path[-1] == "kernel"}
+
+
 def run(job: Job) -> list[str]:
   """Train and ask every seed that is not finished yet; returns why seeds failed."""
   trainer, draws, segments, failed = job.trainer, job.draws, job.encoded["dev"].segments, []
-  steps, key = trainer.train.steps, classification.KEY
+  steps, shape, key = trainer.train.steps, job.shape, classification.KEY
   objective = classification.objective(len(job.data.task.labels))
   coefficients = {"learning_rate": trainer.train.learning_rate, "losses": {key: {"weight": 1.0}}}
-  shape = union([drawn.shape(steps) for drawn in draws.values()], batch_shards(trainer.model.mesh))
   todo = [seed for seed in draws if seed not in job.finished]
   train_cost = TRAINED_TOKEN * steps * shape.B * shape.T
   dev_cost = float(sum(len(segment.tokens) for segment in segments))
