@@ -8,7 +8,7 @@ performance is how many of 80 facts are still told from three wrong names. See d
 """
 
 from jaxbias.config import defaults
-from jaxbias.diagnose import settings
+from jaxbias.methods.grid import settings
 
 
 def get_config():

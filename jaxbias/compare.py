@@ -151,6 +151,16 @@ def compare(config, workdir: Path, command: str) -> dict:
   return run(comparison, command)
 
 
+def load_data(chosen) -> DataSet:
+  """What a config's `data` section names."""
+  data = sources.load(chosen.source, chosen.split_file or None, tuple(chosen.tasks))
+  if chosen.domains:
+    data = sources.of_domains(data, tuple(chosen.domains))
+  if chosen.groups:
+    data = dataclasses.replace(data, train=dataclasses.replace(data.train, groups=read_groups(chosen.groups)))
+  return with_pool(data, read_texts(chosen.corpus)) if chosen.corpus else data
+
+
 def prepare(config, workdir: Path, command: str) -> Comparison:
   """Check everything that can be wrong, load data and model, tokenise; claims `workdir` before the slow part."""
   configs.validate(config)
@@ -158,11 +168,7 @@ def prepare(config, workdir: Path, command: str) -> Comparison:
   specs = {name: plain["variants"][name] for name in configs.compared(config)}
   parsed = {name: parse(spec["losses"]) for name, spec in specs.items()}
   recipes = {name: methods.get(spec["method"]).recipe for name, spec in specs.items()}
-  data = sources.load(config.data.source, config.data.split_file or None, tuple(config.data.tasks))
-  if config.data.groups:
-    data = dataclasses.replace(data, train=dataclasses.replace(data.train, groups=read_groups(config.data.groups)))
-  if config.data.corpus:
-    data = with_pool(data, read_texts(config.data.corpus))
+  data = load_data(config.data)
   claim(workdir, plain, command)
   dtype = None if config.dtype == "auto" else config.dtype
   model = language_model.load(config.model, dtype, make_mesh(config.mesh), config.train.remat, config.mesh.rules)

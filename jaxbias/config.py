@@ -44,6 +44,7 @@ def defaults() -> ConfigDict:
   c.data = {
     "source": "builtin",  # or a path to StereoSet's own JSON
     "tasks": ("intrasentence",),  # of StereoSet, to train on; intersentence: continuations of a context
+    "domains": (),  # bias types whose triples are read, such as ("gender",); empty = all
     "groups": "",  # a JSONL file of positives and negatives, see docs/data.md; empty = made from the triples
     "corpus": "",  # JSON lines {"id", "text"}: the pool that `cda` makes its texts of, see docs/diagnosis.md
     "split_file": "",  # target terms of each split, for StereoSet; empty = by the hash rule of docs/data.md

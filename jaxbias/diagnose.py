@@ -7,7 +7,7 @@ one folder each; what a run is asked along the way is `config.watch`'s business.
   workdir/grid/                 the comparison
   workdir/table.jsonl, table.csv, cards.json, findings.json, report.md, figures/
 
-`config.diagnose` is made by `settings`; every key can be overridden on the command line.
+`config.diagnose` begins as `methods.grid.settings`; every key can be overridden on the command line.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from ml_collections import ConfigDict
 
 from jaxbias import compare as comparison
 from jaxbias import methods
-from jaxbias.data import planted, sources
-from jaxbias.data.corpora import CORPORA, Pool, make, read_texts, with_pool
+from jaxbias.data import planted
+from jaxbias.data.corpora import CORPORA, Pool, make, read_texts
 from jaxbias.errors import UserError, did_you_mean
 from jaxbias.evals import diagnosis, registry
 from jaxbias.evals.scoring import score
 from jaxbias.files import new_folder, replace, write_json
-from jaxbias.methods.remedies import GRID, remedied
+from jaxbias.methods.grid import REMEDIES, variants
 from jaxbias.models import language_model
 from jaxbias.report.diagnosis import write as write_report
 from jaxbias.train.metrics import read_jsonl
@@ -40,27 +40,6 @@ from jaxbias.train.watch import FILE as WATCH
 
 CDA = ("two_sided", "one_sided")  # fairness objectives; the other corpora are controls
 KEYS = (*diagnosis.RUN, "step", "steps", "lr")
-
-
-def settings() -> dict[str, Any]:
-  """The defaults of `config.diagnose`, which a config of a diagnosis adds."""
-  return {
-    "planted": False,  # write the planted language, fit its tiny model, and diagnose that
-    "pretrain": {"steps": 600, "learning_rate": 3e-3, "rows": 64},  # of the planted language's model
-    "objectives": ("two_sided", "one_sided", "unswapped", "random"),
-    "sizes": (100, 300, 1000, 3000),  # source texts
-    "remedies": {},  # name -> {"remedy": one of methods.remedies.GRID, or "learning_rate", "strength": ...}
-    "remedy_objectives": ("two_sided",),
-    "remedy_sizes": (1000,),
-    "columns": {},  # measured at a run's end: name -> {"benchmark", "data", "metric", "group", "limit"}
-    "performance": "downstream",  # the column of claim 1
-    "bias": "b",  # the column of claims 3 and 4: |SS - 50|; gap_size: |log p(st) - log p(anti)| of what differs
-    "level": 5.0,  # of bias, at which remedies are compared
-    "target": 5.0,  # of bias, that is enough data
-    "delta": 0.05,  # of f_sel, nats a token, above which stereotypes count as forgotten
-    "margins": {"f_all": 0.05, "downstream": 2.0},  # within which two remedies are equivalent
-    "draws": 2000,
-  }  # fmt: skip
 
 
 def diagnose(config: ConfigDict, workdir: Path, command: str) -> Path:
@@ -96,9 +75,8 @@ def check(config: ConfigDict) -> None:
   if set(chosen.remedy_sizes) - set(chosen.sizes):
     raise UserError("diagnose.remedy_sizes has a size that diagnose.sizes lacks; each needs a run without a remedy.")
   for name, how in chosen.remedies.items():
-    if how["remedy"] not in (*GRID, "learning_rate"):
-      raise UserError(f"diagnose.remedies.{name} is `{how['remedy']}`; "
-                      f"{did_you_mean(how['remedy'], (*GRID, 'learning_rate'))}")  # fmt: skip
+    if how["remedy"] not in REMEDIES:
+      raise UserError(f"diagnose.remedies.{name} is `{how['remedy']}`; {did_you_mean(how['remedy'], REMEDIES)}")
   for name, column in chosen.columns.items():
     registry.get(column["benchmark"])
     if not chosen.planted and not Path(column["data"]).exists():
@@ -147,27 +125,6 @@ def expanded(config: ConfigDict) -> ConfigDict:
   cells = dict(variants(config.diagnose))
   out.variants, out.compare = cells, tuple(cells)  # the config sorts its keys, the table goes by the grid
   return out
-
-
-def variants(chosen: ConfigDict) -> Iterator[tuple[str, dict]]:
-  """(name, variant): every objective and size without a remedy, then the remedies at their sizes."""
-  for objective in chosen.objectives:
-    for n in chosen.sizes:
-      cell = {"objective": objective, "remedy": "none", "n": n}
-      plain = methods.variant("cda") | {"texts": {"corpus": objective, "n": n}, "cell": cell}
-      yield f"{objective}-n{n}", plain | {"label": f"{objective}, n = {n:,}"}
-      if objective in chosen.remedy_objectives and n in chosen.remedy_sizes:
-        for name, how in chosen.remedies.items():
-          spec = with_remedy(plain, how["remedy"], how["strength"])
-          spec |= {"label": f"{objective}, n = {n:,}, {name}", "cell": cell | {"remedy": name}}
-          yield f"{objective}-n{n}-{name}", spec
-
-
-def with_remedy(variant: Mapping, remedy: str, strength: float) -> dict:
-  """`remedied`, or at a share of the learning rate, which needs nothing else."""
-  if remedy == "learning_rate":
-    return {**variant, "learning_rate_scale": variant["learning_rate_scale"] * strength}
-  return remedied(variant, remedy, strength)
 
 
 def collect(config: ConfigDict, workdir: Path) -> list[dict]:
@@ -225,8 +182,8 @@ def benchmark(model, benchmark: str, data: str, metric: str, group: str = "overa
 
 def cards(config: ConfigDict) -> Iterator[dict]:
   """What every corpus of the grid is made of."""
-  data = with_pool(sources.load(config.data.source, config.data.split_file or None), read_texts(config.data.corpus))
-  pool = Pool(data.train.pool, data.train.overlapping)
+  train = comparison.load_data(config.data).train
+  pool = Pool(train.pool, train.overlapping)
   for objective in config.diagnose.objectives:
     for n in config.diagnose.sizes:
       yield from (make(pool, objective, n, seed)[1].to_json() for seed in config.seeds)

@@ -155,17 +155,26 @@ def _facts(rng: np.random.Generator) -> tuple[tuple[Choice, ...], list[str], lis
 
 def write(folder: Path, seed: int = 0, skew: float = SKEW) -> Language:
   """The language as files: `sources.load` reads triples.jsonl, texts.jsonl and splits.json; pool.jsonl and
-  pretraining.jsonl are texts for `data.corpus`, facts.jsonl questions, and model/ a random start model."""
+  pretraining.jsonl are texts for `data.corpus`, facts.jsonl questions in the layout of evals/multiple_choice.py (read
+  them with openbookqa_cloze), and model/ a random start model."""
   made = language(seed, skew)
   folder.mkdir(parents=True, exist_ok=True)
   texts = lambda rows: [{"id": text.id, "text": text.text} for text in rows]
-  facts = [{"id": fact.id, "context": fact.context, "options": fact.options} for fact in made.facts]
+  facts = [_question(fact, i) for i, fact in enumerate(made.facts)]
   for name, rows in {"triples": made.triples, "texts": texts(made.texts), "pool": texts(made.pool),
                      "pretraining": texts(made.pretraining), "facts": facts}.items():  # fmt: skip
     (folder / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
   (folder / "splits.json").write_text(json.dumps(made.splits), encoding="utf-8")
   write_model(folder / "model", made.vocabulary, seed)
   return made
+
+
+def _question(fact: Choice, number: int) -> dict[str, str]:
+  """As lettered lines, the true one in turn at each place."""
+  options = [option.strip() for option in fact.options]
+  options = [*options[1 : 1 + number % 4], options[0], *options[1 + number % 4 :]]
+  lettered = [f"{letter}. {option}" for letter, option in zip("ABCD", options, strict=True)]
+  return {"question": fact.context, "options": "\n".join(lettered), "answer": lettered[number % 4]}
 
 
 def write_model(folder: Path, vocabulary: tuple[str, ...], seed: int = 0) -> None:

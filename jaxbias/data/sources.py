@@ -81,6 +81,19 @@ def load(
   return _data_set(path.name, parts | {"train": train}, {name: getattr(general, name).texts for name in SPLITS})
 
 
+def of_domains(data: DataSet, domains: Sequence[str]) -> DataSet:
+  """The data set with the triples of these bias types alone; its general texts stay.
+
+  Raises UserError for one that is none, or that leaves a split without triples.
+  """
+  for domain in domains:
+    _domain(domain, "data.domains")
+  kept = {name: tuple(t for t in getattr(data, name).triples if t.domain in domains) for name in SPLITS}
+  if empty := next((name for name, triples in kept.items() if not triples), ""):
+    raise UserError(f"data.domains: the {empty} split has no triple about {' or '.join(domains)}.")
+  return _data_set(data.name, kept, {name: getattr(data, name).texts for name in SPLITS})
+
+
 def read_folder(folder: Traversable, name: str) -> DataSet:
   """A data set in the layout of the built-in one.
 

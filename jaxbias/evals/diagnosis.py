@@ -194,22 +194,27 @@ def tost(difference_N: Sequence[float], margin: float) -> Tost | None:
 def at_bias(run: Sequence[Row], bias: str, level: float, columns: Sequence[str]) -> dict[str, Any]:
   """The columns where a run's bias first comes down to `level`, by linear interpolation between its checkpoints.
 
-  The rows are one run's by step, the start model first. A run that does not come down has None everywhere, and
-  "reason" says how far it came.
+  The rows are one run's by step, the start model first. A column goes by the checkpoints that have it, perhaps the
+  first and the last alone. A run that does not come down has None everywhere, and "reason" says how far it came.
   """
+  found = {column: _crossing(complete(run, (bias, column)), bias, level, column) for column in (*columns, "step")}
   rows = complete(run, (bias,))
-  for before, after in itertools.pairwise(rows):
-    if before[bias] > level >= after[bias]:
-      share = (before[bias] - level) / (before[bias] - after[bias])
-      between = lambda column, a=before, b=after, s=share: (
-        None if a.get(column) is None or b.get(column) is None else a[column] + s * (b[column] - a[column]))
-      return {column: between(column) for column in (*columns, "step")} | {"reason": ""}
-  nothing = dict.fromkeys((*columns, "step"))
+  if found["step"] is not None:
+    return found | {"reason": ""}
+  nothing = dict.fromkeys(found)
   if not rows:
     return nothing | {"reason": f"{bias} was not measured"}
   if rows[0][bias] <= level:
     return nothing | {"reason": f"{bias} is {rows[0][bias]:.3g} before training, not above {level:g}"}
   return nothing | {"reason": f"{bias} came down to {min(row[bias] for row in rows):.3g}, not to {level:g}"}
+
+
+def _crossing(rows: Sequence[Row], bias: str, level: float, column: str) -> float | None:
+  for before, after in itertools.pairwise(rows):
+    if before[bias] > level >= after[bias]:
+      share = (before[bias] - level) / (before[bias] - after[bias])
+      return before[column] + share * (after[column] - before[column])
+  return None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import math
 
+import numpy as np
 import pytest
 
+from jaxbias import config as configs
 from jaxbias import load
 from jaxbias.data import planted, sources
-from jaxbias.data.corpora import disjoint, evaluated, make, read_texts
+from jaxbias.data.corpora import Pool, disjoint, evaluated, make, read_texts
 from jaxbias.data.swap import STEREOTYPED, Swapper
 from jaxbias.errors import UserError
+from jaxbias.evals import multiple_choice
+from jaxbias.evals.scoring import score
+from jaxbias.losses.registry import parse
+from jaxbias.methods.recipes import Recipe, Row
+from jaxbias.models import language_model
+from jaxbias.train.batches import Sampler, plan_shape, tokenise
+from jaxbias.train.loop import Run, Trainer, train
 
 PRONOUNS = {"he": "male", "his": "male", "him": "male", "she": "female", "her": "female"}
 
@@ -91,8 +101,13 @@ def test_the_files_are_what_the_rest_reads(folder, language):
   texts = [*language.pool, *language.texts, *read_texts(folder / "pretraining.jsonl")]
   assert {word for text in texts for word in text.text.split()} <= vocabulary.keys()
   assert model.tokenizer.start_id == vocabulary["<s>"]
-  facts = sources.read_choices(folder / "facts.jsonl")
-  assert len(facts) == 80 and facts[0].context and len(set(facts[0].options)) == 4
+  facts, questions = language.facts, multiple_choice.load(str(folder / "facts.jsonl"))
+  assert len(facts) == len(questions) == 80
+  for fact, question in zip(facts, questions, strict=True):
+    assert question.text == fact.context and question.right.count(True) == 1
+    assert question.options[question.right.index(True)] == fact.options[0].strip()
+    assert {f" {option}" for option in question.options} == set(fact.options) and len(set(fact.options)) == 4
+  assert {question.right.index(True) for question in questions} == set(range(4))
   known = {text.text for text in language.texts}
   read = {text.text.split(" ", 1)[1] for text in language.pretraining}
   assert all((fact.context + fact.options[0]).split(" ", 1)[1] in read for fact in facts)
@@ -108,3 +123,37 @@ def test_a_language_is_a_function_of_its_seed(language):
 def test_a_skew_that_cannot_be_exact_is_refused(skew):
   with pytest.raises(UserError, match="give 0.2, 0.4, 0.6 or 0.8"):
     planted.language(skew=skew)
+
+
+def fitted(model, texts, steps: int, rate: float, folder):
+  """The model after training all of its weights on texts, 64 a step."""
+  c = configs.defaults()
+  c.lora.rank, c.train.base, c.train.schedule = 0, ("*",), "cosine"
+  c.train.steps, c.train.warmup_steps, c.train.checkpoint_every, c.train.learning_rate = steps, 10, steps, rate
+  trainer = Trainer.of(model, c)
+  objective, coefficients = parse({"sft": {"on": "retain"}})
+  rows = tokenise(Recipe((), tuple(Row(text.id, text.text, 0) for text in texts), (), False), objective,
+                  model.tokenizer, model.config.max_positions)  # fmt: skip
+  sampler = Sampler(rows, objective, {"retain": 64}, None, 0, 1)
+  run = Run(folder, {}, objective, {"learning_rate": rate, "losses": coefficients}, sampler,
+            plan_shape([sampler], steps))  # fmt: skip
+  return dataclasses.replace(model, params=trainer.adapters(train(trainer, run))["params"])
+
+
+def gap(model, triples) -> float:
+  """log p(stereotype) - log p(anti-stereotype), nats a sentence."""
+  scores = score(model, sources.triple_choices(triples))
+  return float(np.mean([scores[triple.id][0][0] - scores[triple.id][1][0] for triple in triples]))
+
+
+def test_a_tiny_model_finds_the_optimum_and_augmentation_closes_the_gap(folder, language, tmp_path):
+  triples = sources.read_folder(folder, "planted").test.triples
+  start = language_model.load(str(folder / "model"))
+  base = fitted(start, language.pretraining, 400, 3e-3, tmp_path / "base")
+  assert abs(gap(start, triples)) < 0.5  # nothing is planted in random weights
+  assert gap(base, triples) == pytest.approx(math.log(4), abs=0.15)
+  facts = score(base, language.facts)
+  assert np.mean([np.argmax([option[0] for option in facts[fact.id]]) == 0 for fact in language.facts]) > 0.9
+  texts, _ = make(Pool(language.pool), "two_sided", 1500, seed=0)
+  fair = fitted(base, texts, 100, 1e-3, tmp_path / "fair")
+  assert gap(fair, triples) == pytest.approx(0.0, abs=0.15)

@@ -214,6 +214,20 @@ def test_a_domain_that_a_split_lacks_is_named(tmp_path):
     f"{path}: the test split of gender is empty: none of its 1 terms is in the data.")
 
 
+def test_the_triples_of_some_bias_types_alone():
+  whole = sources.load("builtin")
+  some = sources.of_domains(whole, ("gender", "religion"))
+  for name in sources.SPLITS:
+    before, after = getattr(whole, name), getattr(some, name)
+    assert after.triples == tuple(t for t in before.triples if t.domain in ("gender", "religion")) != before.triples
+    assert after.texts == before.texts
+  assert some.fingerprint != whole.fingerprint
+  assert "did you mean `gender`" in message(sources.of_domains, whole, ("gendre",))
+  genders = sources.of_domains(whole, ("gender",))
+  assert message(sources.of_domains, genders, ("race",)) == (
+    "data.domains: the train split has no triple about race.")
+
+
 def test_a_file_that_is_not_there_and_one_that_is_a_folder(tmp_path):
   assert message(sources.load, "bultin") == (
     "`bultin` is neither a file nor a built-in data set; did you mean `builtin`?")

@@ -159,6 +159,8 @@ def test_a_run_is_read_where_its_bias_comes_down():
   at = d.at_bias(run([20, 12, 4, 9], f=[0.0, 1.0, 3.0, 9.0]), "b", 6.0, ["f"])
   assert_allclose([at["f"], at["step"]], [2.5, 1.75])
   assert d.at_bias(run([20, 12], f=[0, 1]), "b", 12.0, ["f"])["f"] == 1.0
+  ends = d.at_bias(run([20, 12, 4], f=[0.0, 1.0, 3.0], at_ends=[80.0, None, 64.0]), "b", 6.0, ["f", "at_ends"])
+  assert_allclose([ends["f"], ends["at_ends"]], [2.5, 66.0])
   for biases, reason in (([20, 12], "came down to 12, not to 6"), ([5, 1], "is 5 before training"),
                          ([None, None], "was not measured")):  # fmt: skip
     missed = d.at_bias(run(biases, f=[0, 1]), "b", 6.0, ["f"])
