@@ -1,4 +1,4 @@
-"""`python -m jaxbias VERB`: compare | train | diagnose | plan | evaluate | finetune | score | report | convert | fetch.
+"""`python -m jaxbias VERB`; `python -m jaxbias --help` lists the verbs.
 
 Nothing heavy is imported before a verb needs it, so that `--help` answers at once. Several processes can be one run
 (`jaxbias/distributed.py`): all of them compute, the first one prints and writes.
