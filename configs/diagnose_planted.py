@@ -2,9 +2,9 @@
 
   python -m jaxbias diagnose --config=configs/diagnose_planted.py --workdir=runs/diagnose_planted
 
-Writes the language, fits its start model to the known optimum (log 4 nats a pronoun), and trains and watches 57 runs.
+Writes the language, fits its start model to the known optimum (log 4 nats a pronoun), trains and watches 57 runs.
 Bias is `gap_size`, |log p(expected) - log p(other)| of the pronoun, since SS stays at 100 until the gap has closed;
-performance is how many of 80 facts are still told from three wrong names. See docs/diagnosis.md for figures.
+performance is how many of 80 facts are still told from three wrong names. Not run to the end yet, so that it states no figures and no time.
 """
 
 from jaxbias.config import defaults
