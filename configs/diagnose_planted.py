@@ -4,7 +4,7 @@
 
 Writes the language, fits its start model to the known optimum (log 4 nats a pronoun), trains and watches 57 runs.
 Bias is `gap_size`, |log p(expected) - log p(other)| of the pronoun, since SS stays at 100 until the gap has closed;
-performance is how many of 80 facts are still told from three wrong names. Not run to the end yet, so that it states no figures and no time.
+performance is how many of 80 facts are still told from three wrong names. Expected figures and time: not measured yet.
 """
 
 from jaxbias.config import defaults
