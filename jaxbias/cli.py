@@ -154,6 +154,11 @@ def _parser() -> argparse.ArgumentParser:
   p.add_argument("--out", metavar="FILE", type=Path, required=True, help="{id: [[sum in nats, tokens], ...]}")
   _processes(p)
 
+  p = verb("groups", _groups, "make contrast groups of a config's training triples, with its model", epilog=CONFIG_HELP)
+  p.add_argument("--config", metavar="FILE", required=False, help="such as configs/contrastive_smollm2.py")
+  p.add_argument("--out", metavar="FILE.jsonl", type=Path, required=True, help="for --config.data.groups; a card of "
+                 "what each generator made, and why texts were dropped, goes beside it as FILE.md")
+
   p = verb("report", _report, "write the tables, figures and page of a finished comparison again")
   p.add_argument("folder", type=Path, help="the comparison's workdir")
 
@@ -384,6 +389,14 @@ def _score(options, rest: Sequence[str]) -> None:
   from jaxbias.evals import run
 
   run.score_rows(options.model, rows, options.out, options.dtype)
+
+
+def _groups(options, rest: Sequence[str]) -> None:
+  config = _config(options, rest)
+  _start_jax()
+  from jaxbias import groups
+
+  print(groups.write(config, options.out).markdown())
 
 
 def _report(options, rest: Sequence[str]) -> None:
