@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxbias.data import sources
+from jaxbias.compare import load_data
 from jaxbias.data.generators import Card, Draft, Generator, Together, low_confidence, mask_and_refill, regenerate
 from jaxbias.data.groups import write_groups
 from jaxbias.data.rows import Group, Split
@@ -32,7 +32,9 @@ def write(config, path: Path) -> Card:
 
   Raises UserError for data or a model that cannot be used.
   """
-  split = sources.load(config.data.source, config.data.split_file or None).train
+  chosen = config.data.copy_and_resolve_references()
+  chosen.groups = chosen.corpus = ""  # groups are what is made here
+  split = load_data(chosen).train
   model = language_model.load(config.model, None if config.dtype == "auto" else config.dtype)
   groups, card = written_groups(model, split, config.seeds[0])
   write_groups(path, groups)

@@ -13,17 +13,20 @@ from tests.train import tiny_model
 
 def test_the_models_negatives_come_from_it_and_go_through_a_file(tmp_path, monkeypatch):
   builtin = sources.load("builtin")
-  few = dataclasses.replace(builtin, train=dataclasses.replace(builtin.train, triples=builtin.train.triples[:6]))
-  monkeypatch.setattr(groups.sources, "load", lambda *_: few)
+  first, others = builtin.train.triples[:6], builtin.train.triples[-2:]
+  assert {triple.domain for triple in first} == {"gender"} and "gender" not in {triple.domain for triple in others}
+  few = dataclasses.replace(builtin, train=dataclasses.replace(builtin.train, triples=first + others))
+  monkeypatch.setattr(sources, "load", lambda *_: few)
   config = defaults()
   config.model = str(tiny_model(tmp_path / "model"))
   path = tmp_path / "groups.jsonl"
+  config.data.groups, config.data.domains = str(path), ("gender",)  # this file is not there yet
   card = groups.write(config, path)
   assert path.with_suffix(".md").read_text() == card.markdown()
   made = read_groups(path)
-  assert [group.id for group in made] == [triple.id for triple in few.train.triples]
+  assert [group.id for group in made] == [triple.id for triple in first]
   assert card.made["mask_ent"] == card.made["regen_ent"] == 6 and card.made["low_confidence"] > 0
-  triples = {triple.id: triple for triple in few.train.triples}
+  triples = {triple.id: triple for triple in first}
   for group in made:
     triple = triples[group.id]
     texts = {kind: [m.text for m in group.negatives if m.kind == kind] for kind in ("stereotype", "low_confidence")}
