@@ -39,7 +39,7 @@ class Batch:
   score_segment: jax.Array  # int32 [B, P]
   branch: jax.Array | None = None  # int32 [B, T]
   role: jax.Array | None = None  # int32 [B, S], index into ROLES, -1 = no segment
-  row: jax.Array | None = None  # int32 [B, S], index of the text in the recipe's list, -1 = no segment
+  row: jax.Array | None = None  # int32 [B, S], number of the text among the step's, -1 = no segment
   pair: jax.Array | None = None  # int32 [B, S], flat index b * S + s of the twin segment, -1 = none
   group: jax.Array | None = None  # int32 [B, S], which source a segment was made from, -1 = none
   polarity: jax.Array | None = None  # int32 [B, S], 1 = positive, 0 = negative, -1 = neither

@@ -49,15 +49,16 @@ def mabel_contrast(ctx: LossContext, on: str, temperature: jax.Array, pool: str)
 
   A pair is a text of role `on` and its counterfactual, a group a premise (its first text), its hypothesis (its last)
   and their counterfactuals. L = -log softmax_j(cos(premise_i, hypothesis_j) / temperature) at i's own; a group of one
-  pair has no hypothesis, and no part.
+  pair has no hypothesis, and no part, not even as what others are compared with.
   """
   group_N, role_N = ctx.batch.group.reshape(-1), ctx.batch.role.reshape(-1)
   twin_N = jnp.maximum(ctx.batch.pair.reshape(-1), 0)
   counterfactual_N = (ctx.batch.pair.reshape(-1) >= 0) & (role_N != role_N[twin_N])
-  premise_N, hypothesis_N = (x | counterfactual_N & x[twin_N] for x in premises_and_hypotheses(ctx, on))
+  premise_N, hypothesis_N = premises_and_hypotheses(ctx, on)
+  hypothesis_N &= ~premise_N
+  premise_N, hypothesis_N = (x | counterfactual_N & x[twin_N] for x in (premise_N, hypothesis_N))
   log_p_NN = log_share(cosines(sentences(ctx, pool)) / temperature, premise_N[:, None] & hypothesis_N)
   own_NN = (group_N[:, None] == group_N) & (role_N[:, None] == role_N) & premise_N[:, None] & hypothesis_N
-  own_NN &= ~jnp.eye(len(group_N), dtype=bool)
   return Metric.over(-jnp.where(own_NN, log_p_NN, 0.0).sum(-1), own_NN.any(-1))
 
 
@@ -81,7 +82,10 @@ def mabel_alignment(ctx: LossContext, on: str, temperature: jax.Array, pool: str
 
 
 def init_attributes(width: Callable[[ModelConfig, Mapping[str, str]], int]) -> Callable:
-  """`init_aux` of a loss on word lists; width(config, options) is the size X of a word's state."""
+  """`init_aux` of a loss on word lists; width(config, options) is the size X of a word's state.
+
+  Raises UserError for a list of one attribute, and where an attribute or the neutral words have no token of their own.
+  """
 
   def init(config: ModelConfig, tokenizer: Tokenizer | None, options: Mapping[str, str]) -> dict:
     groups, neutral, pieces = read_groups(options["attributes"]), read_words(options["neutral"]), options["pieces"]
@@ -95,6 +99,11 @@ def init_attributes(width: Callable[[ModelConfig, Mapping[str, str]], int]) -> C
       of_W, attribute_W = groups_of_classes(ids, groups, tokenizer, pieces), ids[:, 0]
       neutral_W = np.setdiff1d(classes(neutral, tokenizer, pieces)[:, 0], attribute_W)
     of_AW = np.arange(len(groups))[:, None] == of_W
+    if tokenizer:
+      left = dict(zip(groups, of_AW.sum(1), strict=True)) | {"neutral": len(neutral_W)}
+      if empty := [name for name, count in left.items() if not count]:
+        raise UserError(f"no word of `{empty[0]}` has a token of its own in this model; use pieces = `first`, or give "
+                        "other words.")  # fmt: skip
     return {"attribute": jnp.asarray(np.where(of_AW, attribute_W, -1)), "neutral": jnp.asarray(neutral_W),
             **no_sums(len(groups), width(config, options))}  # fmt: skip
 

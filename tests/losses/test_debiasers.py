@@ -143,6 +143,15 @@ def test_pairs_without_a_second_pair_in_their_group_are_aligned_with_each_other(
   assert_allclose(value("mabel_alignment", ctx), ((near - near_twins) ** 2).mean(), rtol=1e-5)
 
 
+def test_pairs_without_a_second_pair_are_not_what_hypotheses_are_found_among():
+  states = np.random.default_rng(0).normal(size=(4, 3, D))
+  ctx = entailments(states)
+  parted = ctx.batch.replace(group=ctx.batch.group.at[0, jnp.array([5, 11])].set(9))  # the last text's hypotheses
+  found_among_two = value("mabel_contrast", dataclasses.replace(ctx, batch=parted))
+  assert_allclose(found_among_two, value("mabel_contrast", entailments(states[:, :2])), rtol=1e-5)
+  assert abs(found_among_two - value("mabel_contrast", ctx)) > 1e-3
+
+
 # ADEPT and ASE
 
 
@@ -214,6 +223,13 @@ def test_word_lists_become_tokens(tokenizer, tmp_path):
   assert aux["adept"]["sums"].shape == (2, 24) and aux["ase_orthogonal"]["sums"].shape == (2, 8)
   with pytest.raises(UserError, match="n.txt` is one group of words, attributes are at least two; give a .json"):
     parse({"adept": lists | {"attributes": lists["neutral"]}})[0].init_aux(config, tokenizer)
+  (tmp_path / "a.json").write_text(json.dumps({"one": ["the"], "other": ["the"]}))
+  with pytest.raises(UserError, match="no word of `one` has a token of its own"):
+    parse({"adept": lists})[0].init_aux(config, tokenizer)
+  (tmp_path / "a.json").write_text(json.dumps({"one": ["the"], "other": ["b"]}))
+  (tmp_path / "n.txt").write_text("the\nb\n")
+  with pytest.raises(UserError, match="no word of `neutral` has a token of its own"):
+    parse({"ase_orthogonal": lists})[0].init_aux(config, tokenizer)
 
 
 def test_a_batch_of_counterfactual_pairs_feeds_all_of_them(tokenizer):
