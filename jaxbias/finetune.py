@@ -22,7 +22,7 @@ from rich.table import Table
 from jaxbias import config as configs
 from jaxbias import provenance
 from jaxbias.compare import TRAINED_TOKEN, claim
-from jaxbias.data import fields, glue
+from jaxbias.data import glue
 from jaxbias.data.glue import Example
 from jaxbias.data.pipeline import Segment, Shape, draw, pack, place, plan, union
 from jaxbias.errors import UserError
@@ -131,14 +131,13 @@ class Data:
   @classmethod
   def read(cls, task: glue.Task, given: Sequence[str], limits: Mapping[str, int]) -> Data:
     """Raises UserError with file, line and field of whatever is wrong with the data."""
-    sources, reading = glue.parts(given), fields.Reading()
-    whole = {}
+    sources, whole, files = glue.parts(given), {}, {}
     for part, source in sources.items():
       path = datafiles.local(source)
       whole[part] = glue.read(path, task, part)
-      reading.files[path] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+      files[path] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     kept = {part: examples[: limits[part] or None] for part, examples in whole.items()}
-    return cls(task, sources, kept, {part: len(examples) for part, examples in whole.items()}, reading.files)
+    return cls(task, sources, kept, {part: len(examples) for part, examples in whole.items()}, files)
 
   @property
   def subsets(self) -> dict[str, str | None]:
