@@ -105,8 +105,12 @@ def general(texts: Sequence[Text]) -> General:
 def read_general(path: str, group: str = "") -> General:
   """JSON lines {"id", "text", "document" where several texts are of one, and a string under `group` if that is given}.
 
-  Raises UserError for a row without one of them, naming file, line and field, and for a file of no rows.
+  Raises UserError for a row without one of them, naming file, line and field, for a file of no rows, and for a field
+  that is called as the grouping that every file has, `gender`.
   """
+  if group == "gender":
+    raise UserError(f"{path}: `gender` is the grouping by gendered words; call the field of your own groups otherwise.")
+
   def row(record: Mapping, where: str) -> _Row:
     text = Text(string(record, "id", where), string(record, "text", where))
     document = string(record, "document", where) if "document" in record else text.id

@@ -382,6 +382,11 @@ def test_a_row_without_its_group_is_named(tmp_path, row, said):
     probe.read_general(str(path), "kind")
 
 
+def test_groups_of_ones_own_do_not_take_the_place_of_those_by_gendered_words(general):
+  with pytest.raises(UserError, match="`gender` is the grouping by gendered words"):
+    probe.read_general(str(general), "gender")
+
+
 @pytest.mark.parametrize("steps, total, expected", [
   ("log", 6, (0, 1, 3, 6)), ("log", 300, (0, 1, 3, 10, 30, 100, 300)), ("log", 1, (0, 1)),
   ("log", 100, (0, 1, 3, 10, 30, 100)), ("", 6, ()), (" 0, 5,5", 6, (0, 5)),
