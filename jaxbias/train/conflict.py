@@ -23,6 +23,7 @@ from jaxbias.types import Batch, TrainState
 
 ROUNDING = 1e-5  # of a gradient's size: float32, and sums in another order
 
+
 @functools.lru_cache(maxsize=16)
 def program(module: Transformer, objective: Objective) -> Callable:
   """Jitted (state, frozen, batch, coefficients of the losses) -> the terms' gradients, every leaf [K, ...].
