@@ -83,7 +83,7 @@ class Trainer:
       self.steps[key] = make_train_step(module, objective, tx or self.tx)
     return self.steps[key]
 
-  def optimizer(self, steps: int, warmup_steps: int) -> optax.GradientTransformation:
+  def optimizer(self, steps: float, warmup_steps: float) -> optax.GradientTransformation:
     """One object for one schedule, so that phases that share it share a compiled step."""
     if (steps, warmup_steps) not in self.optimizers:
       self.optimizers[steps, warmup_steps] = make_optimizer(self.train, steps, warmup_steps)
