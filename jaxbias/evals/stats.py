@@ -12,11 +12,13 @@ Two models on the same items are compared by the items' differences: `mean_over_
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
 from jaxbias.evals.metrics import Estimate
+
+BLOCK = 2**25  # draws of one population of clusters that are held at a time
 
 
 def resample(clusters: int, draws: int, rng: np.random.Generator) -> np.ndarray:
@@ -37,10 +39,17 @@ def bootstrap_interval(statistic: Callable[..., np.ndarray], clusters: Sequence[
   per_seed = statistic(*(np.ones((1, size)) for size in clusters))[0]
   low = high = None
   if min(clusters) > 1:
-    rng = np.random.default_rng(seed)
-    value_R = statistic(*(resample(size, draws, rng) for size in clusters)).mean(1)
+    value_R = np.concatenate([statistic(*counts).mean(1) for counts in _resamples(clusters, draws, seed)])
     low, high = map(float, np.quantile(value_R, [(1 - level) / 2, (1 + level) / 2]))
   return Estimate(float(per_seed.mean()), low, high, tuple(map(float, per_seed)))
+
+
+def _resamples(clusters: Sequence[int], draws: int, seed: int) -> Iterator[list[np.ndarray]]:
+  """Resamples of each population; of a single large one a block after the other, the same ones in less memory."""
+  rng = np.random.default_rng(seed)
+  each = max(1, BLOCK // clusters[0]) if len(clusters) == 1 else draws
+  for start in range(0, draws, each):
+    yield [resample(size, min(each, draws - start), rng) for size in clusters]
 
 
 def cluster_mean(count_RC: np.ndarray, value_MC: np.ndarray) -> np.ndarray:

@@ -77,6 +77,16 @@ def test_independent_populations_are_drawn_separately():
   assert_allclose(found.high - found.low, 2 * 1.96 * deviation, rtol=0.04)
 
 
+def test_many_clusters_are_drawn_in_blocks_of_the_same_resamples(monkeypatch):
+  value_MC = np.random.default_rng(0).normal(size=(2, 90))
+  whole, seen = stats.mean_over_clusters(value_MC, draws=100), []
+  monkeypatch.setattr(stats, "BLOCK", 30 * 90)
+  monkeypatch.setattr(stats, "resample", lambda *given, draw=stats.resample: seen.append(given[1]) or draw(*given))
+  found = stats.mean_over_clusters(value_MC, draws=100)
+  assert seen == [30, 30, 30, 10]
+  assert_allclose([found.low, found.high], [whole.low, whole.high], rtol=1e-12)
+
+
 def test_one_cluster_has_no_interval_and_equal_ones_have_no_width():
   alone = stats.mean_over_clusters(np.array([3.0]))
   assert (alone.value, alone.low, alone.high) == (3.0, None, None)
