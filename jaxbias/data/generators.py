@@ -201,11 +201,11 @@ class Card:
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-  """`most`: texts of one kind in a group. A low-confidence text or a stereotype shares at most `jaccard` of its words
-  with each positive (the other negatives are near-copies by design); a toxic one is at least `toxicity` toxic."""
+  """`most`: texts of one kind in a group. A negative of a kind in `jaccard` shares at most that part of its words with
+  each positive (those of other kinds are near-copies by design); a toxic one is at least `toxicity` toxic."""
 
   most: Mapping[str, int] = dataclasses.field(default_factory=lambda: {"framing": 2, "toxic": 1, "low_confidence": 1})
-  jaccard: float = 0.8
+  jaccard: Mapping[str, float] = dataclasses.field(default_factory=lambda: {"low_confidence": 0.8, "stereotype": 0.8})
   toxicity: float = 0.4
   words: int = 3
 
@@ -250,7 +250,7 @@ def _reason(text: str, kind: str, kept: Sequence[Member], toxicity, limits: Limi
   if FAMILY[kind] == "toxic" and toxicity(text) < limits.toxicity:
     return "not toxic"
   positives = [member.text for member in kept if FAMILY[member.kind] == "positive"]
-  if FAMILY[kind] in ("low_confidence", "stereotype") and any(jaccard(text, p) > limits.jaccard for p in positives):
+  if any(jaccard(text, positive) > limits.jaccard.get(kind, 1.0) for positive in positives):
     return "too near a positive"
   return None
 

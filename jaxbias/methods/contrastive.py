@@ -48,7 +48,7 @@ def groups_of_triples(
 
   negatives = {"stereotype": lambda d, rng: [stereotypes[d.id]], "swap_ent": swap_entities, "toxic": toxic_rewrite}
   negatives |= more
-  limits = Limits(jaccard=1.0)  # a stereotype differs from its anti-stereotype by a word or two, and is meant to
+  limits = Limits(jaccard={"low_confidence": 0.8})  # a stereotype differs by a word or two, and is meant to
   return make_groups(map(draft, split.triples), {"framing": framing}, negatives, seed, limits=limits)
 
 

@@ -127,3 +127,11 @@ def test_at_most_so_many_of_a_kind(most):
   limits = Limits(most={"framing": most + 2, "swap_ent": most})
   groups, card = make_groups([draft()], {"framing": framing}, {"swap_ent": swap_entities}, 0, limits=limits)
   assert len(groups[0].negatives) == min(most, card.made["swap_ent"])
+
+
+def test_who_may_be_near_a_positive_is_chosen_by_kind():
+  negatives = {"low_confidence": lambda d, rng: [f"{TEXT} Indeed."], "stereotype": lambda d, rng: [f"{TEXT} Truly."]}
+  for allowed, kinds in (({}, {"low_confidence", "stereotype"}), ({"low_confidence": 0.8}, {"stereotype"})):
+    groups, card = make_groups([draft()], {"framing": framing}, negatives, 0, limits=Limits(jaccard=allowed))
+    assert {member.kind for member in groups[0].negatives} == kinds
+    assert card.dropped["low_confidence", "too near a positive"] == 2 - len(kinds)
