@@ -26,7 +26,7 @@ from jaxbias.data import glue
 from jaxbias.data.glue import Example
 from jaxbias.data.pipeline import Segment, Shape, draw, pack, place, plan, union
 from jaxbias.errors import UserError
-from jaxbias.evals import datafiles, downstream
+from jaxbias.evals import datafiles, downstream, show
 from jaxbias.evals.downstream import Encoded
 from jaxbias.evals.metrics import Estimate
 from jaxbias.files import write_json
@@ -141,7 +141,7 @@ class Data:
 
   @property
   def subsets(self) -> dict[str, str | None]:
-    return {part: glue.subset(examples, self.of[part]) for part, examples in self.examples.items()}
+    return {part: show.subset(len(examples), self.of[part]) for part, examples in self.examples.items()}
 
   @property
   def overlap(self) -> int:

@@ -106,8 +106,3 @@ def _example(row: dict[str, str], where: str, task: Task, identity: str) -> Exam
     known = ", ".join(f"{number} ({name})" for number, name in enumerate(task.labels))
     raise UserError(f"{where}: `label` is `{row['label']}`; {task.name} has {known}.")
   return Example(identity, texts, label)
-
-
-def subset(examples: Sequence[Example], of: int) -> str | None:
-  """How to say that these are not all."""
-  return f"the first {len(examples):,} of {of:,} examples" if len(examples) < of else None

@@ -50,7 +50,7 @@ class Measured:
 
   @property
   def subset(self) -> str | None:
-    return f"the first {len(self.read):,} of {self.of:,} examples" if len(self.read) < self.of else None
+    return show.subset(len(self.read), self.of)
 
   @property
   def refused(self) -> list[str]:

@@ -28,6 +28,11 @@ def number(estimate: Estimate, unit: str) -> str:
   return f"{value.format(estimate.value)} [{bound.format(estimate.low)}, {bound.format(estimate.high)}]"
 
 
+def subset(kept: int, of: int) -> str | None:
+  """How to say that these are not all."""
+  return f"the first {kept:,} of {of:,} examples" if kept < of else None
+
+
 def tables(title: str, found: Sequence[tuple[Task, str, Result]]) -> list[Table]:
   """found: (task, what its figures are of, result). Neighbours with the same metrics of the same share a table."""
   alike = lambda one: (list(one[0].benchmark.metrics.items()), one[0].benchmark.cluster, one[1])
