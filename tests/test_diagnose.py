@@ -132,6 +132,8 @@ def test_the_recipe_takes_its_texts_from_the_pool():
   assert [row.text for row in cda.recipe(split, 0, "unswapped", 5).retain] == [r.text for r in found.retain[:5]]
   with pytest.raises(UserError, match="makes its texts of data.corpus"):
     cda.recipe(Split((), ()), 0)
+  with pytest.raises(UserError, match="the pool has 0 for it"):  # there were texts, and evaluation reads all of them
+    cda.recipe(Split((), (), overlapping=3), 0)
 
 
 # The report, on tables whose answer is known.

@@ -16,7 +16,7 @@ from jaxbias.methods.registry import Method, register
 
 def recipe(split: Split, seed: int, corpus: str = "two_sided", n: int = 1000) -> Recipe:
   """retain = the corpus. Raises UserError where the pool is missing or too small."""
-  if not split.pool:
+  if not split.pool and not split.overlapping:
     raise UserError("the method `cda` makes its texts of data.corpus, which is empty; give it a file of texts.")
   texts, _ = make(Pool(split.pool, split.overlapping), corpus, n, seed)
   return Recipe((), tuple(Row(text.id, text.text, 0) for text in texts), general_rows(split), paired=False)
