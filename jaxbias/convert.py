@@ -86,7 +86,8 @@ def _comparison(adapted: Adapted | None) -> tuple[dict | None, dict]:
 
 def _notes(adapted: Adapted | None, source: str, base: ModelFolder, results: Mapping | None) -> list[str]:
   notes = []
-  if adapted and adapted.run and adapted.step < adapted.run["train"]["steps"]:
+  to_its_end = adapted and adapted.run and not adapted.run.get("control", {}).get("name")  # a controller stops earlier
+  if to_its_end and adapted.step < adapted.run["train"]["steps"]:
     notes.append(f"the run is at step {adapted.step} of {adapted.run['train']['steps']}: its training did not finish.")
   trained_on = results["model"].get("fingerprint") if results else None
   if trained_on not in (None, base.fingerprint) and not adapted_sources.find(source):

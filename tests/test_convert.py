@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +15,14 @@ import pytest
 from numpy.testing import assert_array_equal
 from safetensors.numpy import load_file
 
+from jaxbias import convert as converting
 from jaxbias.cli import main
 from jaxbias.convert import convert
 from jaxbias.data.rows import Choice
 from jaxbias.errors import UserError
 from jaxbias.evals.scoring import score
 from jaxbias.models import language_model, peft
-from jaxbias.models.adapted import find
+from jaxbias.models.adapted import Adapted, find
 from jaxbias.models.checkpoints import read_config
 from jaxbias.models.lora import LoraConfig, init_lora, merge
 from jaxbias.train.checkpoint import Checkpoints
@@ -171,6 +173,13 @@ def test_a_gguf_becomes_a_hugging_face_folder(make_gguf, cache, tmp_path):
   path = make_gguf()
   convert(str(path), None, "hf", tmp_path / "out")
   assert_same(language_model.load(str(tmp_path / "out")).params, language_model.load(str(path)).params)
+
+
+@pytest.mark.parametrize("control, said", [("", ["the run is at step 4 of 8: its training did not finish."]),
+                                           ("signed", [])])
+def test_the_best_state_of_a_controlled_run_is_no_unfinished_run(tmp_path, control, said):
+  found = Adapted(tmp_path, "base", dict, {"train": {"steps": 8}, "control": {"name": control}}, step=4)
+  assert converting._notes(found, "base", SimpleNamespace(fingerprint="f"), None) == said
 
 
 def test_what_a_user_should_know_is_said_and_in_the_card(run, loaded, tmp_path, capsys):
