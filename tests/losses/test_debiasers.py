@@ -234,7 +234,7 @@ def test_word_lists_become_tokens(tokenizer, tmp_path):
 
 def test_a_batch_of_counterfactual_pairs_feeds_all_of_them(tokenizer):
   """Through the pipeline that a run reads: paired rows, packed, with twins, groups and segments."""
-  texts = ("the cat", "a cat", "12 the", "cat a the")
+  texts = ("the cat 1", "a cat 2", "12 the", "cat a the")  # a last token is predicted and never read
   rows = lambda side, start: tuple(Row(f"{side}{i}", start + text, 0) for i, text in enumerate(texts))
   losses = {name: {} for name in (*debiased.SENTENCES, *debiased.WORDS)}
   objective, coefficients = parse(losses)

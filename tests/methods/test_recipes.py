@@ -26,7 +26,8 @@ def triples(counts=COUNTS) -> tuple[Triple, ...]:
   return tuple(make(domain, n) for domain, count in counts.items() for n in range(count))
 
 
-SPLIT = Split(triples(), (Text("t1", "Water is wet."), Text("t2", "Stones are hard.")))
+POOL = tuple(Text(f"p{i}", f"He saw {i} birds.") for i in range(1000))  # of which `cda` makes its texts
+SPLIT = Split(triples(), (Text("t1", "Water is wet."), Text("t2", "Stones are hard.")), pool=POOL)
 
 
 def test_plain_pairs_the_two_fillings_of_each_triple():
