@@ -17,9 +17,11 @@ if TYPE_CHECKING:
 __all__ = ["load"]
 
 
-def load(source: str, dtype: str | None = None, mesh: Mesh | None = None) -> LanguageModel:
+def load(
+  source: str, dtype: str | None = None, mesh: Mesh | None = None, factor: float | None = None
+) -> LanguageModel:
   """A model with its config, module, params and tokenizer, that can be asked for logits, hidden_states, a score and to
   generate. See `handle.LanguageModel`, and docs/models.md."""
   from jaxbias import handle  # jax is imported when it is needed, so that `python -m jaxbias --help` answers at once
 
-  return handle.load(source, dtype, mesh)
+  return handle.load(source, dtype, mesh, factor)

@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from numpy.testing import assert_array_equal
+from numpy.testing import assert_allclose, assert_array_equal
 from safetensors.numpy import load_file
 
+import jaxbias
 from jaxbias import convert as converting
 from jaxbias.cli import main
 from jaxbias.convert import convert
@@ -173,6 +174,15 @@ def test_a_gguf_becomes_a_hugging_face_folder(make_gguf, cache, tmp_path):
   path = make_gguf()
   convert(str(path), None, "hf", tmp_path / "out")
   assert_same(language_model.load(str(tmp_path / "out")).params, language_model.load(str(path)).params)
+
+
+def test_a_finished_run_is_fused_with_its_base(run, loaded):
+  """docs/losses.md: theta_0 + factor * (theta - theta_0); 0 is the base to the last bit."""
+  start, half, whole = (jaxbias.load(str(run), "float32", factor=factor).params for factor in (0.0, 0.5, 1.0))
+  assert_same(start, loaded.params)
+  jax.tree.map(lambda a, b, c: assert_allclose(b, (a + c) / 2, atol=1e-6), start, half, whole)
+  kernel = lambda params: params["layers"]["mlp"]["down"]["kernel"]
+  assert np.abs(kernel(whole) - kernel(start)).max() > 0.1
 
 
 @pytest.mark.parametrize("control, said", [("", ["the run is at step 4 of 8: its training did not finish."]),
