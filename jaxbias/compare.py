@@ -10,7 +10,6 @@ Everything finished is on disk under the work folder, so the same command goes o
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import time
 from collections.abc import Mapping
@@ -167,7 +166,7 @@ def prepare(config, workdir: Path, command: str) -> Comparison:
   plain = configs.to_dict(config)
   specs = {name: plain["variants"][name] for name in configs.compared(config)}
   parsed = {name: parse(spec["losses"]) for name, spec in specs.items()}
-  recipes = {name: methods.get(spec["method"]).recipe for name, spec in specs.items()}
+  recipes = {name: methods.recipe(spec["method"], spec.get("texts", {})) for name, spec in specs.items()}
   data = load_data(config.data)
   claim(workdir, plain, command)
   dtype = None if config.dtype == "auto" else config.dtype
@@ -175,10 +174,9 @@ def prepare(config, workdir: Path, command: str) -> Comparison:
 
   def variant(name: str) -> Variant:
     objective, coefficients = parsed[name]
-    recipe = functools.partial(recipes[name], **specs[name].get("texts", {}))
     peak = plain["train"]["learning_rate"] * specs[name]["learning_rate_scale"]
     texts = {
-      seed: tokenise(recipe(data.train, seed), objective, model.tokenizer, model.config.max_positions)
+      seed: tokenise(recipes[name](data.train, seed), objective, model.tokenizer, model.config.max_positions)
       for seed in plain["seeds"]
     }
     remedy = transforms.coefficients(configs.remedy(plain, name), plain["train"]["steps"], model.config)

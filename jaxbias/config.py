@@ -25,6 +25,7 @@ MESH_PRESETS = ("data", "fsdp", "fsdp_tensor")
 SHARDING_RULES = {  # logical axis of a parameter -> the mesh axis that cuts it, "" = none
   "layers": "", "embed": "fsdp", "vocab": "tensor", "heads": "tensor", "kv_heads": "tensor", "mlp": "tensor",
 }  # fmt: skip
+VARIANT = ("method", "label", "losses", "learning_rate_scale", "adapter_scale", "remedy", "texts", "cell")
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a string", tuple: "a tuple"}
 
 
@@ -247,6 +248,8 @@ def validate(config: ConfigDict) -> None:
   for name in compared(config):
     if missing := {"method", "label", "losses", "learning_rate_scale"} - set(config.variants[name]):
       raise UserError(f"variants.{name} has no `{min(missing)}`; make it with jaxbias.methods.variant.")
+    for key in config.variants[name]:
+      _one_of(f"the key of variants.{name}", key, VARIANT)
 
 
 def remedy(config: Mapping, variant: str = "") -> dict:

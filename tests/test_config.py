@@ -182,6 +182,21 @@ def test_a_value_that_no_run_could_use(config, override, said):
   assert refusal(validate, config(f"--config.{override}")).startswith(said)
 
 
+def test_a_misspelt_key_of_a_variant_is_named(config):
+  c = config()
+  with c.unlocked():
+    c.variants.npo.remedi = {"l2sp": 1.0}
+  assert refusal(validate, c) == "the key of variants.npo = `remedi` is not known; did you mean `remedy`?"
+
+
+@pytest.mark.parametrize("name, texts, said", [
+  ("cda", {"corpsu": "random"}, "the texts of the method `cda` have no setting `corpsu`; did you mean `corpus`?"),
+  ("sft", {"n": 3}, "the texts of the method `sft` have no setting `n`; leave `texts` out."),
+])  # fmt: skip
+def test_a_setting_of_texts_that_a_method_has_not_is_named(name, texts, said):
+  assert refusal(methods.recipe, name, texts) == said
+
+
 def test_variants_are_needed_and_whole(config):
   c = config()
   with c.unlocked():
