@@ -168,6 +168,13 @@ def test_a_table_that_bears_the_claims_out():
   assert claims(table(0.05, 0.05)) == {"C1": "agrees", "C2": "agrees", "C3": "agrees", "C4": "agrees"}
 
 
+def test_where_no_size_is_enough_nothing_is_known_of_the_fourth():
+  far = [row | {"b": row["b"] + 40.0} for row in table(0.05, 0.05)]
+  about = grid.settings() | {"draws": 200, "level": 48.0, "margins": {"f_all": 0.02}}
+  verdict, told = report.claim_4(json.loads(json.dumps(run.findings(far, about))))
+  assert verdict == "undecided" and "none (" in told
+
+
 def test_a_remedy_that_works_contradicts_the_third_claim():
   assert claims(table(0.05, 0.0))["C3"] == "disagrees"
 

@@ -184,11 +184,11 @@ def measure(model: LanguageModel, plan: Plan, *, sites: Sequence[str] = (HEAD,),
   if (plan.tokenizer, plan.causal) != (model.tokenizer.fingerprint, model.config.causal):
     raise UserError(f"{model.name} has another tokenizer, or is of another kind, than the model that the texts were "
                     "prepared for; compare checkpoints of one model, or prepare for each.")  # fmt: skip
-  sites, weight_CD = sites_of(model.config, sites), weights(model, plan.classes)
+  variables = {"params": model.params, **(adapters or {})}  # a run that trained the head brings its own
+  sites, weight_CD = sites_of(model.config, sites), weights(model, plan.classes, variables["params"])
   if len(plan.classes):
-    found = collect(model.module, model.mesh, {"params": model.params, **(adapters or {})}, plan.fit, plan.held,
-                    len(plan.classes), weight_CD, sites=sites, pieces=plan.pieces, passes=passes,
-                    advance=advance)  # fmt: skip
+    found = collect(model.module, model.mesh, variables, plan.fit, plan.held, len(plan.classes), weight_CD,
+                    sites=sites, pieces=plan.pieces, passes=passes, advance=advance)  # fmt: skip
   else:
     empty = Statistics(np.zeros(0, np.int64), np.zeros((0, 1)), np.zeros(0), None)
     found = dict.fromkeys(sites, empty)
@@ -207,11 +207,11 @@ def _nothing(about: Mapping) -> str:
           f"({about['one_sample']} are seen once)")  # fmt: skip
 
 
-def weights(model: LanguageModel, classes: Classes) -> jax.Array | None:
+def weights(model: LanguageModel, classes: Classes, params: Mapping) -> jax.Array | None:
   """The head's row of each class, float32 [C, D]: the mean of its pieces'. None for classes without tokens."""
   if classes.ids is None or not len(classes):
     return None
-  return _weights(model.config, model.mesh)(model.params, classes.ids)
+  return _weights(model.config, model.mesh)(params, classes.ids)
 
 
 @functools.lru_cache(maxsize=16)

@@ -113,7 +113,8 @@ def claim_3(found: Mapping) -> tuple[str, str]:
 
 
 def claim_4(found: Mapping) -> tuple[str, str]:
-  """The smallest size tried suffices for some objective: it disagrees; none below the largest does: it agrees."""
+  """The smallest size tried suffices for some objective: it disagrees; only the largest does: it agrees. Where none
+  does, nothing shows that more would."""
   sizes_ = found["sizes"]
   measured = [each for each in sizes_ if each["by_n"]]
   if not measured:
@@ -122,7 +123,7 @@ def claim_4(found: Mapping) -> tuple[str, str]:
   told = "; ".join(f"{each['objective']}: " + (f"n = {each['n']:,}" if each["n"] else f"none ({each['reason']})")
                    for each in measured)  # fmt: skip
   least = min(each["n"] or math.inf for each in measured)
-  verdict = "disagrees" if least == tried[0] else "agrees" if least >= tried[-1] else "undecided"
+  verdict = "disagrees" if least == tried[0] else "agrees" if least == tried[-1] else "undecided"
   verdict = verdict if len(tried) > 1 else "undecided"
   return verdict, f"smallest n with {found['about']['bias']} <= {target:g}, of {tried}: {told}"
 

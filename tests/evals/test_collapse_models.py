@@ -43,7 +43,7 @@ def alone(module):
 def test_every_layer_is_that_of_the_texts_read_alone(tiny):
   plan = collapse.prepare(tiny, TEXTS, "vocabulary", held_out=0.25)
   C, ids = len(plan.classes), plan.classes.ids[:, 0]
-  weight = collapse.weights(tiny, plan.classes)
+  weight = collapse.weights(tiny, plan.classes, tiny.params)
   assert_array_equal(weight, np.asarray(tiny.params["embedding"])[ids])
   sites = sites_of(tiny.config, ["all"])
   found = collect(tiny.module, tiny.mesh, {"params": tiny.params}, plan.fit, plan.held, C, weight, sites=sites)
@@ -87,6 +87,14 @@ def test_checkpoints_compile_once(tiny):
   rows = collapse_run.rows(found)
   assert {row["step"] for row in rows} == set(range(10)) and rows[0].keys() >= {"site", "group", "metric", "value"}
   assert collapse_run.tables(found)[0].row_count == len(found[0].result.estimates["overall"])
+
+
+def test_a_run_that_trained_the_head_is_measured_against_its_own(tiny):
+  moved = jax.tree.map(lambda x: x + 0.1 * np.sin(np.arange(x.size, dtype=np.float32)).reshape(x.shape), tiny.params)
+  plan = collapse.prepare(tiny, TEXTS, classes="vocabulary")
+  ours, expected = (collapse.measure(model, plan, adapters=adapters)[0].result.estimates["overall"]["similarity"].value
+                    for model, adapters in ((tiny, {"params": moved}), (dataclasses.replace(tiny, params=moved), None)))
+  assert ours == expected != collapse.measure(tiny, plan)[0].result.estimates["overall"]["similarity"].value
 
 
 def test_what_is_missing_is_said_and_the_rest_is_kept(tiny, tmp_path):
@@ -140,7 +148,7 @@ def worker(path: str, out: str) -> None:
     model = language_model.load(path, "float32", make_mesh({"data": -1}, jax.devices()[:devices]))
     plan = collapse.prepare(model, TEXTS, "vocabulary")
     assert plan.fit[0]["tokens"].shape[0] == 8 * devices
-    weight = collapse.weights(model, plan.classes)
+    weight = collapse.weights(model, plan.classes, model.params)
     found = collect(model.module, model.mesh, {"params": model.params}, plan.fit, plan.held, len(plan.classes), weight,
                     sites=("layer_1", "head_input"))  # fmt: skip
     for site, one in found.items():
