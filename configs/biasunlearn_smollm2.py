@@ -7,7 +7,9 @@ A controller looks at the validation terms every 12 steps, exchanges forget and 
 score fell below 50, stops when all four types are within two points of 50, and the best state that it saw is
 evaluated on the test terms. `controller.jsonl` in each run's folder is its log; `--config.control.name=published`
 follows the published scripts instead. Source: Liu et al. 2025, sections 3 and 4; differences in docs/losses.md.
-Expected figures: not measured yet.
+NPO is averaged over an answer's tokens, to which the published weights belong, and beta = 1 leaves alone what has lost
+about two nats a token. Expected on the test terms, three seeds: SS 60.9 -> 56.3, LMS 86.6 -> 84.6, F_all +0.13
+(docs/results.md); about 10 minutes a seed on two CPU cores.
 """
 
 from jaxbias import methods
@@ -19,14 +21,15 @@ def get_config():
   c.title = "BiasUnlearn on SmolLM2-135M-Instruct, StereoSet"
   c.data.source = "stereoset/dev.json"
   c.seeds = (0, 1, 2)
-  c.compare = ("biasunlearn", "npo")
+  c.compare = ("biasunlearn",)
   c.control.name = "signed"
   c.control.every = 12
   c.train.steps = 96
   c.train.warmup_steps = 4
   c.train.checkpoint_every = 12
-  c.train.rows = {"forget": 8, "retain": 8, "general": 4}
-  c.train.learning_rate = 2e-4
+  c.train.rows = {"forget": 4, "retain": 12, "general": 4}
+  c.train.learning_rate = 3e-4
   with c.unlocked():
     c.variants = {name: methods.variant(name) for name in c.compare}
+    c.variants.biasunlearn.losses.npo.update({"reduction": "seq_mean", "beta": 1.0})
   return c

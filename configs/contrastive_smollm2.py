@@ -7,7 +7,7 @@
 The first command makes the groups with the model itself (refilled, regenerated and unsure texts); without it they are
 made from the triples alone (jaxbias/methods/contrastive.py). For your own, with back-translations, see docs/data.md.
 Source: Korkmaz et al. 2025, sections 3-4; differences in docs/losses.md. `contrastive_ce_only` answers whether a gain
-is the contrast's or the texts'.
+is the contrast's or the texts'. Expected, three seeds: SS stays (67.4 -> 68.5), F_all -0.47 (docs/results.md).
 """
 
 from jaxbias import methods
