@@ -37,14 +37,6 @@ METRICS = {
 }
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-  """Programs here run once or twice; compiling them is what takes the time."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
   return tiny_model(tmp_path_factory.mktemp("base") / "tiny")

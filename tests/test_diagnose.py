@@ -40,7 +40,7 @@ def tiny_config():
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, quick_compilation):
+def finished(tmp_path_factory):
   folder = tmp_path_factory.mktemp("diagnosis")
   page = run.diagnose(tiny_config(), folder, "a command")
   return folder, page.read_text()

@@ -47,7 +47,8 @@ def _tile(a_MD, b_ND, spread_M, spread_N, first_M, first_N, count, power, pivots
   row_M, column_N = first_M + jnp.arange(len(a_MD)), first_N + jnp.arange(len(b_ND))
   pair = (row_M[:, None] < column_N) & (column_N < count)
   dot = jnp.matmul(a_MD, b_ND.T, precision=jax.lax.Precision.HIGHEST)
-  square = jnp.maximum((a_MD**2).sum(-1)[:, None] + (b_ND**2).sum(-1) - 2 * dot, 0.0)
+  sizes = (a_MD**2).sum(-1)[:, None] + (b_ND**2).sum(-1)
+  square = jnp.where(sizes - 2 * dot > 4 * EPS * sizes, sizes - 2 * dot, 0.0)  # less is rounding: they coincide
   out = {}
   for kernel in kernels:
     value = KERNELS[kernel](square, 0.5 * (spread_M[:, None] + spread_N), power)
@@ -90,7 +91,8 @@ def pairs(x_CD: np.ndarray, spread_C: np.ndarray | None, kernels: tuple[str, ...
       out[f"{kernel}{name}"], out[f"{kernel}{name}_square"] = sums[:, :C] - np.log(C - 1)
     else:
       (first, second), p = sums[:, :C] / (C - 1), pivots[kernel]
-      out[f"{kernel}{name}"], out[f"{kernel}{name}_square"] = first + p, second + 2 * p * first + p * p
+      with np.errstate(invalid="ignore"):  # of classes that coincide
+        out[f"{kernel}{name}"], out[f"{kernel}{name}_square"] = first + p, second + 2 * p * first + p * p
   return out
 
 

@@ -17,8 +17,6 @@ from jaxbias.evals.answers import answer
 from jaxbias.evals.questions import Reading, ask
 from tests.evals.answering import CHOICES, CLOZES, NATS, after, at_masks, load
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def reading(model, **how) -> Reading:
   return Reading(model.tokenizer, model.config.causal, model.config.max_positions, **how)

@@ -14,8 +14,6 @@ from jaxbias.evals.answers import answer
 from jaxbias.evals.questions import rolling
 from tests.evals.answering import CAUSAL, CHOICES, NATS, PAIRS, after, alone, assert_same, compared, load
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def sequential(model, row: Choice, bos: str) -> list[np.ndarray]:
   t, out = model.tokenizer, []

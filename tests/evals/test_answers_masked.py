@@ -25,8 +25,6 @@ from tests.evals.answering import (
   load,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @pytest.mark.parametrize("name", MASKED)
 @pytest.mark.parametrize("span", ["all", "shared", "different"])

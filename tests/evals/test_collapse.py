@@ -15,7 +15,6 @@ from jaxbias.evals.class_estimates import BENCHMARK, reduce
 from jaxbias.evals.class_labels import Classes
 from jaxbias.evals.class_statistics import Statistics, decisions
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 ORACLE = json.loads((Path(__file__).parents[1] / "oracles" / "nc_oracle.json").read_text())
 FULL = ("A_three_classes_full", "A2_four_classes_full_even_triu", "A3_five_classes_full_odd_triu")
 FEW = {"draws": 50}

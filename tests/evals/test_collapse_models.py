@@ -24,7 +24,6 @@ from jaxbias.evals.class_statistics import collect, programs, sites_of
 from jaxbias.models import language_model
 from tests.conftest import llama_tensors
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 ROOT = Path(__file__).parents[2]
 TEXTS = [" the cat a the cat 12 a cat" + " the" * n + " a12 cat" * (n % 3) for n in range(12)]
 

@@ -21,7 +21,6 @@ from jaxbias.evals.class_statistics import Moments, Sum, add, deviate, merge, po
 from tests.conftest import BYTE_LEVEL
 from tests.models import tiny_config
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 ORACLE = json.loads((Path(__file__).parents[1] / "oracles" / "nc_oracle.json").read_text())
 C, D, N = 6, 4, 48
 ADD, DEVIATE, MERGE = jax.jit(add), jax.jit(deviate), jax.jit(merge)

@@ -18,7 +18,6 @@ from jaxbias.models import language_model
 from tests.evals.answering import WORDS, alone, load
 from tests.train import Workplace
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 BOTH = pytest.mark.parametrize("name", ["llama", "bert"])
 RNG = np.random.default_rng(7)
 

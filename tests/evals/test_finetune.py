@@ -25,7 +25,6 @@ from jaxbias.train.loop import TrainingFailed
 from tests.evals.answering import write_model
 from tests.train import read
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 BOTH = pytest.mark.parametrize("name", ["llama", "bert"])
 QUICK = Settings(seeds=(0,), rank=4, learning_rate=2e-2, epochs=4, batch=16)
 

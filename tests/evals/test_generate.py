@@ -37,7 +37,6 @@ from jaxbias.models.lora import LoraConfig, init_lora, lora_scale
 from jaxbias.models.transformer import Transformer, abstract_variables, head
 from tests.conftest import llama_tensors
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 ROOT = Path(__file__).parents[2]
 FOLDERS = ROOT / "tests" / "oracles" / "models"
 DECODERS = ("gpt2", "gpt_neox", "llama", "olmo2", "opt", "phi3", "qwen2", "qwen3")
@@ -305,8 +304,7 @@ def test_answers_follow_their_rows(tiny):
   assert found == answers(tiny, rows[::-1]) != answers(tiny, rows, seed=1)
 
 
-def test_smollm2_goes_on_as_its_uncached_argmax(smollm2):
-  jax.config.update("jax_disable_most_optimizations", False)  # for once it is the running that takes the time
+def test_smollm2_goes_on_as_its_uncached_argmax(smollm2, optimised):
   model = language_model.load("smollm2-135m-instruct", dtype="float32")
   texts = ("The capital of France is", "Water boils at a temperature of")
   prompts = [[model.tokenizer.start_id, *model.tokenizer.encode(text)] for text in texts]

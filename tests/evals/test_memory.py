@@ -17,7 +17,6 @@ from tests.models import tiny_config
 B, SMALL, LARGE, SHORT, LONG, CHUNK = 2, 8192, 32768, 64, 128, 16  # so that attention needs less than a chunk does
 PRODUCT = 4 * B * (LONG - SHORT) * (LARGE - SMALL)  # bytes by which all logits grow with both
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(autouse=True)

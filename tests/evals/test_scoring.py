@@ -18,7 +18,6 @@ from tests.conftest import llama_tensors
 WINDOW = 512
 
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture

@@ -15,8 +15,6 @@ from jaxbias.losses.unlearning import npo
 from jaxbias.types import Metric
 from tests.losses.texts import V, context, text, texts, value, with_hidden
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 BETAS = pytest.mark.parametrize("beta", [0.01, 0.1, 0.5, 1.0])
 
 

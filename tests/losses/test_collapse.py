@@ -16,9 +16,6 @@ from jaxbias.losses.registry import LOSSES
 from jaxbias.models.transformer import Head
 from tests.losses.collapsed import MLM, context, empty, found, random_case
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
-
 # Closed forms
 
 

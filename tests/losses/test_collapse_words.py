@@ -19,7 +19,6 @@ from tests.conftest import BYTE_LEVEL
 from tests.losses.collapsed import context
 from tests.models import tiny_config
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 OPTIONS = {name: choices[0] for name, choices in LOSSES["nc3"].options.items()}
 
 

@@ -24,8 +24,6 @@ from jaxbias.types import ROLES, Batch, TrainState
 from tests.losses.texts import EVERY_LOSS, NAMES
 from tests.models import tiny_config
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @pytest.mark.parametrize("losses,message", [
   ({"nop": {}}, "there is no loss `nop`; did you mean `npo`?"),

@@ -11,7 +11,6 @@ from numpy.testing import assert_allclose, assert_array_equal
 from jaxbias.losses.contrastive import Members, compare, log_share
 from jaxbias.types import Metric
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 D = 6  # width
 
 

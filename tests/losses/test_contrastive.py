@@ -19,8 +19,6 @@ from tests.losses.calls import call
 from tests.losses.groups import PARAMS, D, T, Text, context, found, same_states, texts, value
 from tests.models import tiny_config
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def test_the_head_gives_unit_vectors_and_pooling_with_all_tokens_is_their_mean():
   ctx = context([texts((2, 1), entity=(0, 1, 2, 3, 4))])

@@ -24,8 +24,6 @@ from tests.losses import debiased
 from tests.losses.debiased import FEMALE, MALE, NEUTRAL, OTHER, entailments, found, statistics, value, worded
 from tests.models import tiny_config
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 FORMS = [(name, {}) for name in (*debiased.SENTENCES, *debiased.WORDS)] + [
   ("mabel_alignment", {"over": "rows"}), ("adept", {"unit": "bits"}), ("ase_orthogonal", {"form": "square"}),
   ("ase_orthogonal", {"over": "sum"}), ("ase_orthogonal", {"site": "stack_out"}),

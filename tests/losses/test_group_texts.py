@@ -24,8 +24,6 @@ from tests.losses.calls import call
 from tests.losses.oracles.case import scored
 from tests.losses.oracles.ram import whole_numbers
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 END, V = 2, 30
 SOURCE, ANSWERS = "1 2 3", {"p": " 4 5", "q": " 6 7 8 1", "n": " 9"}
 

@@ -14,8 +14,6 @@ from jaxbias.losses.registry import LOSSES
 from jaxbias.types import ROLES, Metric
 from tests.losses.texts import EVERY_LOSS, NAMES, context, text, texts, value, with_hidden
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 BATCH_LEVEL = {"kto"}  # whose mean depends on what shares a batch: the reference point
 
 

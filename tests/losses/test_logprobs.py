@@ -34,7 +34,6 @@ from tests.models import tiny_config
 V, D, B, P = 37, 8, 3, 8
 
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def arrays(seed: int = 0, size: float = 1.0) -> dict[str, np.ndarray]:

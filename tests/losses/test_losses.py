@@ -17,9 +17,6 @@ from jaxbias.losses.logprobs import token_logprobs
 from jaxbias.losses.registry import LOSSES
 from tests.losses.texts import EVERY_LOSS, NAMES, V, context, text, texts, value, with_hidden
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
-
 # At the reference
 
 

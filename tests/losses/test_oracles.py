@@ -24,8 +24,6 @@ from tests.losses.oracles.collapse import collapse, debiasers
 from tests.losses.oracles.evaluators import evaluators
 from tests.losses.oracles.ram import RAM, kept_whole, ram, segment
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 CASES = [*biasunlearn(), *ram(), *collapse(), *debiasers(), *evaluators()]
 
 

@@ -22,8 +22,6 @@ from jaxbias.models.lora import LowRank
 from jaxbias.models.transformer import Head
 from jaxbias.types import ROLES, Batch
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 RNG = np.random.default_rng(0)
 draw = lambda *shape: jnp.asarray(RNG.standard_normal(shape), jnp.float32)
 UPDATE = LowRank(draw(2, 5, 3), draw(2, 3, 4), jnp.array([2.0, 0.5]))

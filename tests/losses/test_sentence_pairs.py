@@ -19,8 +19,6 @@ from jaxbias.types import Batch
 from tests.losses.calls import call
 from tests.losses.groups import D, context, same_states, texts
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def value(name: str, ctx: LossContext, **settings) -> jax.Array:
   return call(name, ctx, **settings).metric.value()

@@ -13,8 +13,6 @@ from jaxbias.losses.registry import parse
 from jaxbias.mesh import make_mesh
 from jaxbias.train.loop import Trainer
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 FOLDER = Path(__file__).parents[2] / "configs"
 FILES = sorted(FOLDER.glob("*.py"))
 GPT2 = Path(__file__).parents[1] / "oracles" / "models" / "gpt2" / "config.json"

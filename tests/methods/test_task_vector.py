@@ -19,8 +19,6 @@ from jaxbias.train.checkpoint import Checkpoints
 from jaxbias.types import TrainState
 from tests.models import tiny_config
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 LORA = LoraConfig(rank=2, alpha=6.0, targets=("q", "up"))
 
 

@@ -31,14 +31,6 @@ ORACLES = Path(__file__).parents[1] / "oracles" / "models"
 FAMILIES = sorted(path.name for path in ORACLES.iterdir())
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-  """Programs here run once or twice; compiling them is what takes the time."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
-
-
 def load(folder: Path, dtype: str = "float32") -> tuple[ModelConfig, dict]:
   config = model_config(read_config(folder))
   boxed = abstract_variables(Transformer(config))

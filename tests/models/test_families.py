@@ -31,7 +31,6 @@ from jaxbias.models.transformer import Transformer, abstract_variables, head
 
 FOLDERS = Path(__file__).parents[1] / "oracles" / "models"
 NAMES = sorted(folder.name for folder in FOLDERS.iterdir() if folder.is_dir())
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 EVERY = pytest.mark.parametrize("name", NAMES)
 
 

@@ -32,7 +32,6 @@ B, T = 3, 13  # the oracle's batch
 ATOL, RTOL = 2e-5, 1e-4  # oracles/README.md
 
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def load(folder: Path, dtype: str = "float32") -> dict:

@@ -25,7 +25,6 @@ SCALE = lora_scale(LORA, CONFIG.num_layers)
 TOKENS = np.arange(14).reshape(2, 7)
 
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def random_like(tree, seed: int, size: float = 0.3):

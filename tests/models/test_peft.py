@@ -20,7 +20,7 @@ from jaxbias.models.checkpoints import read_config
 from jaxbias.models.families import model_config
 from jaxbias.models.lora import merge
 from jaxbias.models.transformer import Transformer, head
-from tests.models.test_export import FAMILIES, ORACLES, load, quick_compilation, random_adapters, same  # noqa: F401
+from tests.models.test_export import FAMILIES, ORACLES, load, random_adapters, same
 
 # What peft 0.21 writes for a plain LoRA, besides what the tests change.
 THEIRS = {

@@ -34,7 +34,7 @@ HUGGING_FACE = {
 
 
 @pytest.fixture(scope="module")
-def model(smollm2):
+def model(smollm2, optimised):
   return language_model.load("smollm2-135m-instruct", "float32")
 
 

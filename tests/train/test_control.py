@@ -18,8 +18,6 @@ from jaxbias.models import adapted
 from jaxbias.train.batches import Texts
 from tests.train import Workplace, lines, read, untimed
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def texts(paired: bool, roles=("forget", "retain", "general")) -> Texts:
   domains = {"forget": "aabb", "retain": "aabb", "general": ["", ""]}

@@ -32,8 +32,6 @@ from jaxbias.train import fisher
 from jaxbias.train.reference import key_of
 from tests.models import tiny_config
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 PATHS = ("embedding", "layers/attention/q/kernel", "layers/mlp_norm/scale")
 
 

@@ -30,8 +30,6 @@ from jaxbias.train.trainable import collections, displacement
 from jaxbias.types import ROLES, Batch, TrainState
 from tests.models import tiny_config
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 LORA = LoraConfig(rank=2, targets=("q", "up"))
 BASE = ("layers/mlp/down/kernel", "layers/mlp_norm/scale", "embedding")
 RATE = 1e-2

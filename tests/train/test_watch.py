@@ -37,7 +37,6 @@ from jaxbias.train.watch import Watcher
 from tests.models import tiny_config
 from tests.train import Workplace, lines, read, untimed
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 UNCHANGED = {"f_all", "kl", "f_st", "f_anti", "f_unrel", "f_sel", "preference_shift", "rho", "lms_change"}
 
 
