@@ -19,7 +19,7 @@ def table(name: str, record: dict) -> str:
   for group, estimates in record["estimates"].items():
     lines.append([group, *(number(Estimate(**estimates[metric]), direction.unit) if metric in estimates else ""
                            for metric, direction in metrics.items())])
-  of = record["subset"] or f"{record['of']:,} examples"
+  of = record["subset"] or f"{record['of']:,} example{'s' * (record['of'] != 1)}"
   return "\n".join([*("| " + " | ".join(cells) + " |" for cells in lines), "", f"({of}; {record['source']})"])
 
 

@@ -116,7 +116,7 @@ def scatter(results: Mapping) -> Figure | None:
   ax.axvline(0, color=MUTED, lw=0.8, zorder=1)
   for _, x, y, style in points:
     _mean_and_seeds(ax, x, y, style)
-  _forgetting_axis(ax, [x.value for _, x, _, _ in points], metrics["f_all"])
+  forgetting_axis(ax, [x.value for _, x, _, _ in points], metrics["f_all"].get("unit", ""))
   ax.set_ylabel(f"stereotype score, {metrics['ss'].get('unit', '')}")
   _frame(ax, points, ideal)
   if crowded:
@@ -138,12 +138,12 @@ def _mean_and_seeds(ax: Axes, x: read.Estimate, y: read.Estimate, style: dict) -
   ax.errorbar(x.value, y.value, **bars, **style, ms=size, mec=PAPER, mew=0.8, zorder=4)
 
 
-def _forgetting_axis(ax: Axes, values: list[float], metric: Mapping) -> None:
-  """Linear, unless one variant forgot so much more than the typical one that the others would fall on one point."""
-  title = f"overall forgetting, {metric.get('unit', '')}"
+def forgetting_axis(ax: Axes, values: list[float], unit: str, far: float = 8) -> None:
+  """Linear, unless a value is more than `far` times the typical one, so that the others would fall on one point."""
+  title = f"overall forgetting, {unit}"
   sizes = [abs(value) for value in values if value]
   typical = float(np.median(sizes)) if sizes else 0.0
-  if sizes and max(sizes) > 8 * typical:
+  if sizes and max(sizes) > far * typical:
     knee = 10.0 ** math.floor(math.log10(typical))
     ax.set_xscale("symlog", linthresh=knee, linscale=0.5)
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

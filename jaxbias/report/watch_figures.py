@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
 
@@ -21,6 +20,7 @@ from jaxbias.report.figures import (
   PAPER,
   canvas,
   figure,
+  forgetting_axis,
   look,
   seeds_and_mean,
 )
@@ -76,7 +76,8 @@ def forgetting_path(results: Mapping) -> Figure | None:
   starts = {points[0] for _, points in runs if points[0][0] == 0.0}
   for x, y in starts:  # one, as all runs start from the same model
     keys = {"base model": ax.plot(x, y, ls="", ms=13, mec=PAPER, mew=0.8, **BASE_LOOK, zorder=5)[0]} | keys
-  _symlog(ax, [x for _, points in runs for x, _ in points])
+  # Looks lie along a path, whose end is far from its first ones as a rule.
+  forgetting_axis(ax, [x for _, points in runs for x, _ in points], "nats/token", far=12)
   ax.margins(0.06)
   ax.set_ylabel(f"stereotype score, % (line: ideal {ideal:g})")
   drawn.legend(keys.values(), keys.keys(), loc="outside right upper")
@@ -87,18 +88,6 @@ def forgetting_path(results: Mapping) -> Figure | None:
 def _points(lines: list) -> list[tuple[float, float]]:
   found = ((_value(line, "overall", "f_all"), _value(line, "bias", "ss")) for line in lines)
   return [(x, y) for x, y in found if x is not None and y is not None]
-
-
-def _symlog(ax: Axes, values: list[float]) -> None:
-  """Linear, unless the ends of some runs are so far out that the first looks of all would fall on one point."""
-  title, sizes = "overall forgetting, nats/token", [abs(value) for value in values if value]
-  typical = float(np.median(sizes)) if sizes else 0.0
-  if sizes and max(sizes) > 12 * typical:
-    knee = 10.0 ** math.floor(math.log10(typical))
-    ax.set_xscale("symlog", linthresh=knee, linscale=0.5)
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    title += f" (logarithmic beyond ±{knee:g})"
-  ax.set_xlabel(title)
 
 
 @figure
