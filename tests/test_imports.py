@@ -21,7 +21,7 @@ LAYERS = (
   {"models"},
   {"losses", "interp"},
   {"methods", "train", "evals"},
-  {"report", "cli", "compare", "convert", "diagnose", "finetune", "groups", "handle", "plan", "__main__"},
+  {"report", "arguments", "cli", "compare", "convert", "diagnose", "finetune", "groups", "handle", "plan", "__main__"},
 )
 RANK = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms}
 NEVER = {  # room -> rooms that it must not know, whatever their layer
@@ -29,7 +29,8 @@ NEVER = {  # room -> rooms that it must not know, whatever their layer
   "losses": {"config"},
   "evals": {"train"},
 }
-WITHOUT_JAX = ("data", "report", "methods", "config", "errors", "files", "progress", "cli", "__main__", "__init__")
+WITHOUT_JAX = ("data", "report", "methods", "config", "errors", "files", "progress", "arguments", "cli", "__main__",
+               "__init__")  # fmt: skip
 FILES = sorted((ROOT / "jaxbias").rglob("*.py"))
 
 
