@@ -24,7 +24,7 @@ from jaxbias import provenance
 from jaxbias.compare import TRAINED_TOKEN, claim
 from jaxbias.data import glue
 from jaxbias.data.glue import Example
-from jaxbias.data.pipeline import Segment, Shape, draw, pack, place, plan, union
+from jaxbias.data.pipeline import Segment, Shape, draw, pack, place_in, plan, union
 from jaxbias.errors import UserError
 from jaxbias.evals import datafiles, downstream, show
 from jaxbias.evals.downstream import Encoded
@@ -107,7 +107,7 @@ class Drawn:
     """The packed batch in numpy, and the id of every example in it by `batch.row`."""
     members = self.members(step)
     segments = [self.segments[i] for i in members]
-    places, need = place(segments, planned.T)
+    places, need = place_in(segments, planned)
     shape = union([planned, need], self.shards)
     arrays = pack(segments, places, shape)
     arrays.pop("branch")

@@ -8,17 +8,23 @@ function of (seed, step): there is nothing to save but the step.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 LENGTHS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 4096, 8192, 16384, 32768)
+ROW_LENGTHS = tuple(n for k in range(4, 16) for j in range(8, 16) if (n := 2**k * j // 8) % 8 == 0)  # of packed rows
 PASS_TOKENS = 1024  # tokens a device reads in one call of a pass over a data set, rows permitting
 PASS_LENGTH = 128  # a pass packs into rows of at least this many tokens, or of a shard's share if that is less
 PASS_CLASSES = (PASS_LENGTH, 2 * PASS_LENGTH, 4 * PASS_LENGTH, 2**31)  # the longest segments that share a row length
 ATTENTION = 2048  # tokens in a row at which attention costs about as much as all the rest, in a small model
+STEP_ATTENTION = 512  # the same of a training step, with the passes over its probabilities
+HEAD = 1 / 8  # a product of one position with the vocabulary, beside a token's way through the layers and back
 SLACK = 1.5  # of scored positions in a row
+SLACKS = (1.0, 1.1, 1.2, 1.5, 8.0)  # a training step's rows: from all alike to as they come
+PLANNED_BATCHES = 16  # on which a row length is chosen
 SAMPLE = 512  # segments from which a row length is chosen
 ANSWER, ENTITY = 1, 2  # marks; an entity is part of its answer
 
@@ -120,22 +126,25 @@ class Place(NamedTuple):
 
 
 def place(
-  segments: Sequence[Segment], length: int, scored: int | None = None, opens: int = 0, rows: int = 0
-) -> tuple[list[Place | None], Shape]:
+  segments: Sequence[Segment], length: int, scored: int | None = None, compared: int | None = None, *, opens: int = 0,
+  rows: int = 0,
+) -> tuple[list[Place | None], Shape]:  # fmt: skip
   """Best-fit decreasing into rows of `length` tokens: where each segment goes, and the sizes that needs.
 
-  `scored` caps the scored positions of a row (a segment with more has a row of its own), which keeps rows alike.
-  A segment of fewer than `opens` tokens fills a row but begins none beyond the first `rows`: where there is no room
-  its place is None.
+  `scored` and `compared` cap these positions of a row (a segment with more has a row of its own), which keeps rows
+  alike. A segment of fewer than `opens` tokens fills a row but begins none beyond the first `rows`: where there is no
+  room its place is None.
   """
   scored = scored or sum(len(segment.target) for segment in segments)
+  compared = compared or sum(len(segment.kl_at) for segment in segments)
   open_rows: dict[int, list[int]] = {length: list(range(rows))}  # free tokens -> rows
   used: list[list[int]] = [[0, 0, 0, 0] for _ in range(rows)]  # per row: tokens, segments, scored, compared
   places: list[Place | None] = [None] * len(segments)
   for i in sorted(range(len(segments)), key=lambda i: -len(segments[i].tokens)):
     segment = segments[i]
     n, p, k = len(segment.tokens), len(segment.target), len(segment.kl_at)
-    fits = (b for free in range(n, length + 1) for b in open_rows.get(free, ()) if used[b][2] + p <= scored)
+    fits = (b for free in range(n, length + 1) for b in open_rows.get(free, ())
+            if used[b][2] + p <= scored and used[b][3] + k <= compared)  # fmt: skip
     b = next(fits, None)
     if b is None:
       if n < opens:
@@ -151,20 +160,43 @@ def place(
   return places, Shape(len(used), length, most[2], most[3], most[1])
 
 
+def place_in(segments: Sequence[Segment], planned: Shape) -> tuple[list[Place], Shape]:
+  """As `plan` placed them: with the planned shape's positions as caps."""
+  return place(segments, planned.T, planned.P, planned.K)
+
+
 def plan(batches: Iterable[Sequence[Segment]], shards: int = 1) -> Shape:
-  """One shape that holds every batch: the row length that costs the fewest positions, and the most of the rest."""
+  """One shape that holds every batch: of some row lengths, and of rows more or less alike in their scored and compared
+  positions, those that cost least on the first batches (`cost`)."""
   batches = list(batches)
   longest = max(len(segment.tokens) for batch in batches for segment in batch)
-  lengths = [n for n in LENGTHS if n >= longest][:5]
-  shapes = [union((place(batch, n)[1] for batch in batches), shards) for n in lengths]
-  return min(shapes, key=lambda shape: (shape.B * shape.T, shape.T))
+
+  def shape(some: Sequence[Sequence[Segment]], length: int, slack: float) -> Shape:
+    rows = union((place(batch, length)[1] for batch in some), shards).B
+    share = lambda of: _up(slack * max(sum(len(getattr(s, of)) for s in batch) for batch in some) / rows, 8)
+    caps = share("target"), share("kl_at")
+    return union((place(batch, length, *caps)[1] for batch in some), shards)
+
+  tried = batches[:: _up(len(batches) / PLANNED_BATCHES, 1)]
+  settings = [(n, slack) for n in [n for n in ROW_LENGTHS if n >= longest][:16] for slack in SLACKS]
+  return shape(batches, *min(settings, key=lambda setting: cost(shape(tried, *setting))))
+
+
+def cost(shape: Shape) -> float:
+  """Of a training step, in tokens that go through the layers and back: padding counts, attention grows with the length
+  of rows, a scored position takes two products with the vocabulary, and one that is compared with a reference three."""
+  return shape.B * (shape.T * (1 + shape.T / STEP_ATTENTION) + HEAD * (2 * shape.P + 3 * shape.K))
+
+
+def _up(n: float, step: int) -> int:
+  """The multiple of `step` at or above n."""
+  return step * math.ceil(n / step)
 
 
 def union(shapes: Iterable[Shape], shards: int) -> Shape:
   """The smallest shape that holds each of `shapes`, with rows that divide over `shards` and round position counts."""
   B, T, P, K, S = (max(column) for column in zip(*shapes, strict=True))
-  up = lambda n, step: -(-n // step) * step
-  return Shape(up(B, shards), T, max(up(P, 8), 8), up(K, 8), S)
+  return Shape(_up(B, shards), T, max(_up(P, 8), 8), _up(K, 8), S)
 
 
 def pack(segments: Sequence[Segment], places: Sequence[Place], shape: Shape) -> dict[str, np.ndarray]:
@@ -204,9 +236,9 @@ def packed_batches(
     opens = max((n + 1 for n in PASS_CLASSES if n < longest), default=0)
     length = _row_length([segments[i] for i in left], longest, opens, shards, tokens)
     chosen = [segments[i] for i in left]
-    _, need = place(chosen, length, _scored(chosen, length), opens)
+    _, need = place(chosen, length, _scored(chosen, length), opens=opens)
     calls, rows_each = _calls(need.B, length, shards, tokens)
-    places, need = place(chosen, length, _scored(chosen, length), opens, calls * rows_each)
+    places, need = place(chosen, length, _scored(chosen, length), opens=opens, rows=calls * rows_each)
     shape = union([need._replace(B=rows_each)], shards)
     batches: list[tuple[list[int], list[Place], Shape]] = [([], [], shape) for _ in range(calls)]
     for i, at in zip(left, places, strict=True):
@@ -235,7 +267,7 @@ def _row_length(segments: Sequence[Segment], longest: int, opens: int, shards: i
   base = -(-max(longest, min(PASS_LENGTH, share)) // 16) * 16
 
   def cost(length: int) -> float:
-    places, need = place(sample, length, _scored(sample, length), opens)
+    places, need = place(sample, length, _scored(sample, length), opens=opens)
     calls, rows_each = _calls(-(-need.B * len(segments) // len(sample)), length, shards, tokens)
     placed = sum(len(segment.tokens) for segment, at in zip(sample, places, strict=True) if at)
     return calls * rows_each * length * (1 + length / ATTENTION) - placed * len(segments) / len(sample)

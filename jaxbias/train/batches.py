@@ -17,7 +17,7 @@ from jaxbias.data.pipeline import (
   draw,
   member_segment,
   pack,
-  place,
+  place_in,
   plan,
   text_segment,
   union,
@@ -194,7 +194,7 @@ class Sampler:
     """The packed batch in numpy, and the id of every text in it by `batch.row`."""
     members = self.members(step)
     segments = [self.texts.segments[role][i] for role, i in members]
-    places, need = place(segments, planned.T)
+    places, need = place_in(segments, planned)
     shape = union([planned, need], self.shards)
     arrays = pack(segments, places, shape)
     arrays.pop("branch")

@@ -9,16 +9,18 @@ import pytest
 from numpy.testing import assert_array_equal
 
 from jaxbias.data.pipeline import (
-  LENGTHS,
   PASS_LENGTH,
   PASS_TOKENS,
+  ROW_LENGTHS,
   Segment,
   Shape,
   choice_segment,
+  cost,
   draw,
   pack,
   packed_batches,
   place,
+  place_in,
   plan,
   text_segment,
   union,
@@ -197,18 +199,27 @@ def test_a_union_holds_each_of_its_shapes_in_round_numbers():
 
 
 @pytest.mark.parametrize("shards", [1, 4])
-def test_a_plan_holds_every_batch_and_costs_the_fewest_positions(shards):
+def test_a_plan_holds_every_batch_and_costs_least(shards):
   batches = [random_segments(12, seed=seed) for seed in range(4)]
   shape = plan(batches, shards)
-  assert shape.B % shards == 0 and shape.T in LENGTHS
+  assert shape.B % shards == 0
   longest = max(len(segment.tokens) for batch in batches for segment in batch)
   for batch in batches:
-    places, need = place(batch, shape.T)
+    places, need = place_in(batch, shape)
     assert all(have >= n for have, n in zip(shape, need, strict=True))
     check_packed(batch, places, shape)
-  for length in [n for n in LENGTHS if n >= longest][:5]:
-    other = union((place(batch, length)[1] for batch in batches), shards)
-    assert shape.B * shape.T <= other.B * other.T
+  for length in [n for n in ROW_LENGTHS if n >= longest][:16]:
+    assert cost(shape) <= cost(union((place(batch, length)[1] for batch in batches), shards))
+
+
+def test_rows_of_texts_with_different_tasks_are_alike():
+  """Texts that are scored and texts that are compared lie side by side, not each kind in rows of its own."""
+  batch = [text_segment(range(13), 1, score=i < 16, kl=i >= 16) for i in range(24)]
+  shape = plan([batch])
+  scored, compared = (sum(len(getattr(s, of)) for s in batch) for of in ("target", "kl_at"))
+  assert shape.B * (shape.P + shape.K) <= 1.25 * (scored + compared)
+  as_they_come = place(batch, 48)[1]
+  assert as_they_come.B * (as_they_come.P + as_they_come.K) > 1.5 * (scored + compared)
 
 
 @pytest.mark.parametrize("shards", [1, 3])
