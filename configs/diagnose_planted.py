@@ -24,7 +24,7 @@ def get_config():
   with c.unlocked():
     c.diagnose = settings() | {
       "planted": True,
-      "sizes": (30, 300, 3000),
+      "sizes": (25, 250, 2500),
       "remedies": {
         "replay": {"remedy": "replay", "strength": 0.5},
         "ewc": {"remedy": "ewc", "strength": 10.0},
@@ -34,7 +34,7 @@ def get_config():
         "fusion": {"remedy": "fusion", "strength": 0.7},
         "slower": {"remedy": "learning_rate", "strength": 0.3},
       },
-      "remedy_sizes": (300,),
+      "remedy_sizes": (250,),
       "columns": {"downstream": {"benchmark": "openbookqa_cloze", "data": "facts.jsonl", "metric": "acc",
                                  "group": "overall", "limit": 0}},
       "bias": "gap_size",

@@ -5,9 +5,11 @@ from __future__ import annotations
 import csv
 import json
 import math
+from pathlib import Path
 
 import pytest
 
+from jaxbias import compare as comparison
 from jaxbias import config as configs
 from jaxbias import diagnose as run
 from jaxbias.data import planted
@@ -17,6 +19,7 @@ from jaxbias.methods import cda, grid
 from jaxbias.report import diagnosis as report
 
 STEPS = 4
+CONFIG = Path(__file__).parents[1] / "configs" / "diagnose_planted.py"
 
 
 def tiny_config():
@@ -134,6 +137,15 @@ def test_the_recipe_takes_its_texts_from_the_pool():
     cda.recipe(Split((), ()), 0)
   with pytest.raises(UserError, match="the pool has 0 for it"):  # there were texts, and evaluation reads all of them
     cda.recipe(Split((), (), overlapping=3), 0)
+
+
+def test_the_planted_pool_holds_what_its_config_asks_for(tmp_path):
+  planted.write(tmp_path)
+  c, _ = configs.from_command_line([f"--config={CONFIG}"])
+  c.data.source, c.data.corpus = str(tmp_path), str(tmp_path / "pool.jsonl")
+  train = comparison.load_data(c.data).train
+  for corpus in c.diagnose.objectives:
+    assert cda.recipe(train, 0, corpus, max(c.diagnose.sizes)).retain
 
 
 # The report, on tables whose answer is known.
