@@ -174,7 +174,8 @@ class Sampler:
     return out
 
   def _drawn_groups(self, step: int) -> list[tuple[str, int]]:
-    """The members of `groups` groups, at most so many `positives`, the original among them, and `negatives` of each."""
+    """The members of `groups` groups, at most so many `positives`, the original among them, and `negatives` of each;
+    all members where they are pairs."""
     by_group = self.texts.by_group
     chosen = draw(len(by_group), min(self.counts["groups"], len(by_group)), step, (self.seed, GROUP_STREAM))
     out = []
@@ -183,6 +184,7 @@ class Sampler:
                                                 strict=True)):  # fmt: skip
         members = by_group[number].get(role, [])
         kinds = [self.texts.rows[role][i].kind for i in members]
+        most = len(members) if "pairs" in self.objective.needs else most
         key = (self.seed, GROUP_STREAM, step, int(number), stream)
         out += [(role, members[i]) for i in draw_members(kinds, most, key, first=1 - stream)]
     return out

@@ -12,9 +12,12 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
+from jaxbias import methods
 from jaxbias.data.pipeline import Shape
+from jaxbias.data.rows import Group, Member, Split
 from jaxbias.data.tokens import Tokenizer, tokenizer_of_metadata
 from jaxbias.errors import UserError
+from jaxbias.losses.context import LossContext
 from jaxbias.losses.registry import LOSSES, evaluate, parse
 from jaxbias.methods.recipes import Recipe, Row
 from jaxbias.train.batches import Sampler, tokenise
@@ -248,3 +251,32 @@ def test_a_batch_of_counterfactual_pairs_feeds_all_of_them(tokenizer):
   out = evaluate(objective, ctx, coefficients, {}, {"adept": aux(L * D), "ase_orthogonal": aux(D)})
   assert np.isfinite(out.total)
   assert {name for name, part in out.parts.items() if part.weight > 0} == set(losses) - {"mabel_contrast"}
+
+
+def test_entailments_and_their_twins_feed_mabel(tokenizer):
+  """The method's own texts: swapped where a group brings no twins, whole groups a step, one without gender left out."""
+  text = lambda name, words: Member(name, words, "original")
+  groups = (
+    Group("a", "", (text("a1", "the man 1 a"), text("a2", "he 12 a")), ()),
+    Group("b", "", (text("b1", "a hat 2"), text("b2", "the cat 2")), ()),
+    Group("c", "", (text("c1", "her cat 1"), text("c2", "she a 12")), (text("c3", "his cat 1"), text("c4", "he a 12"))),
+  )
+  split = Split((), (), groups)
+  recipe = methods.recipe("mabel", {})(split, 0)
+  assert recipe.paired and [row.text for row in recipe.retain] == ["the man 1 a", "he 12 a", "her cat 1", "she a 12"]
+  assert [row.text for row in recipe.forget] == ["the woman 1 a", "she 12 a", "his cat 1", "he a 12"]
+  objective, coefficients = parse(methods.get("mabel").losses)
+  made = tokenise(recipe, objective, tokenizer, 64)
+  counts = {"groups": 2, "positives": 1, "negatives": 1, "retain": 1}
+  batch, ids = Sampler(made, objective, counts, None, 0, 1).batch(0, Shape(1, 16, 1, 1, 1))
+  assert len(ids) == 8  # a premise without its hypothesis says nothing
+  states = np.random.default_rng(0).normal(size=(*batch.tokens.shape, D)).astype(np.float32)
+  ctx = LossContext(jax.tree.map(jnp.asarray, batch), None, hidden_BTD=jnp.asarray(states))
+  weights = [found(name, ctx).metric.weight for name in debiased.SENTENCES]
+  assert weights == [4, 4]  # two premises and their twins; each premise with each hypothesis
+  with pytest.raises(UserError, match="group `a` of data.groups has 1 positives"):
+    methods.recipe("mabel", {})(Split((), (), (dataclasses.replace(groups[0], positives=groups[0].positives[:1]),)), 0)
+  with pytest.raises(UserError, match="no entailment .* has a gendered word"):
+    methods.recipe("mabel", {})(Split((), (), groups[1:2]), 0)
+  with pytest.raises(UserError, match="data.groups, which is empty"):
+    methods.recipe("mabel", {})(Split((), ()), 0)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import collections
 import copy
+import dataclasses
 
 import pytest
 
 from jaxbias import methods
-from jaxbias.data.rows import Split, Text, Triple
+from jaxbias.data.rows import Group, Member, Split, Text, Triple
 from jaxbias.errors import UserError
 from jaxbias.losses.registry import LOSSES, parse
 from jaxbias.methods.biasunlearn import ADVERSARIAL_SHARE
@@ -27,6 +28,7 @@ def triples(counts=COUNTS) -> tuple[Triple, ...]:
 
 
 POOL = tuple(Text(f"p{i}", f"He saw {i} birds.") for i in range(1000))  # of which `cda` makes its texts
+ENTAILED = tuple(Member(f"e{i}", text, "original") for i, text in enumerate(("A man sleeps.", "He sleeps.")))
 SPLIT = Split(triples(), (Text("t1", "Water is wet."), Text("t2", "Stones are hard.")), pool=POOL)
 
 
@@ -97,7 +99,8 @@ def test_every_method_composes_registered_losses_and_feeds_their_roles(name):
   method = methods.get(name)
   objective, coefficients = parse(method.losses)
   assert set(coefficients) <= set(LOSSES) and method.label
-  recipe = method.recipe(SPLIT, 0)
+  entailments = (Group("e", "", ENTAILED, ()),) if name == "mabel" else ()  # others make groups of triples
+  recipe = method.recipe(dataclasses.replace(SPLIT, groups=entailments), 0)
   assert all(recipe.rows(role) for role in objective.roles)
   assert recipe.paired or "pairs" not in objective.needs
   if recipe.paired:
