@@ -1,10 +1,10 @@
-"""A small diagnosis on SmolLM2-135M-Instruct: gender in StereoSet, two corpora and a control, one remedy, two seeds.
+"""A small diagnosis on SmolLM2-135M-Instruct: gender in StereoSet, one corpus and a control, one remedy, two seeds.
 
   python -m jaxbias diagnose --config=configs/diagnose_smollm2.py --workdir=runs/diagnose_smollm2 \
     --config.data.source=stereoset/dev.json --config.data.corpus=corpus.jsonl
 
 `corpus.jsonl` is running text of yours, {"id", "text"} a line; docs/diagnosis.md makes one of WikiText. Performance is
-PIQA by likelihood, its first 200 questions; CrowS-Pairs (gender) is a second measure of bias at the runs' ends.
+PIQA by likelihood, its first 100 questions.
 Expected figures: not measured yet.
 """
 
@@ -17,22 +17,21 @@ def get_config():
   c.title = "Diagnosis on SmolLM2-135M-Instruct"
   c.seeds = (0, 1)
   c.data.source, c.data.corpus, c.data.domains = "stereoset/dev.json", "corpus.jsonl", ("gender",)
-  c.train.steps, c.train.warmup_steps, c.train.checkpoint_every = 30, 2, 30
+  c.train.steps, c.train.warmup_steps, c.train.checkpoint_every = 24, 2, 24
   c.train.rows = {"forget": 1, "retain": 8, "general": 4}
   c.train.learning_rate = 5e-4
-  c.watch.steps, c.watch.split, c.watch.batches = "0,3,10,30", "test", 1
+  c.watch.steps, c.watch.split, c.watch.batches = "0,3,8,24", "test", 1
   c.eval.bootstrap_draws = 200
   end = lambda benchmark, data, metric, group, limit: {
     "benchmark": benchmark, "data": data, "metric": metric, "group": group, "limit": limit}  # fmt: skip
   with c.unlocked():
     c.diagnose = settings() | {
-      "objectives": ("two_sided", "unswapped", "random"),
+      "objectives": ("two_sided", "random"),
       "sizes": (50, 200),
       "remedy_sizes": (200,),
       "remedies": {"replay": {"remedy": "replay", "strength": 0.5}},
       "columns": {
-        "downstream": end("piqa_cloze", "capability/piqa_validation.jsonl", "acc", "overall", 200),
-        "crows": end("crows_pairs", "crows_pairs/crows_pairs_dev.csv", "ss", "gender", 0),
+        "downstream": end("piqa_cloze", "capability/piqa_validation.jsonl", "acc", "overall", 100),
       },
       "level": 8.0,
     }  # fmt: skip
