@@ -33,11 +33,13 @@ def parser() -> argparse.ArgumentParser:
   p = verb("compare", "train and evaluate every variant of a config, and write a report", epilog=CONFIG_HELP)
   p.add_argument("--config", metavar="FILE", required=False, help="a config file, e.g. configs/quickstart.py")
   p.add_argument("--workdir", metavar="DIR", type=Path, required=True, help="where the runs and the report go")
+  _processes(p)
 
   p = verb("train", "train and evaluate one variant of a config", epilog=CONFIG_HELP)
   p.add_argument("--config", metavar="FILE", required=False, help="a config file, e.g. configs/quickstart.py")
   p.add_argument("--variant", metavar="NAME", help="which of the config's variants; not needed if it has one")
   p.add_argument("--workdir", metavar="DIR", type=Path, required=True, help="where the run goes")
+  _processes(p)
 
   p = verb("diagnose", "a grid of objectives, remedies and data sizes: what forgetting has to do with "
            "fairness and performance", epilog=CONFIG_HELP)  # fmt: skip
@@ -148,6 +150,8 @@ def _processes(parser: argparse.ArgumentParser) -> None:
                      "MPI, Cloud TPU or GKE start the processes: then nothing else is needed")
   group.add_argument("--processes", metavar="N", type=int, help="how many there are")
   group.add_argument("--process", metavar="I", type=int, help="which one this is, from 0")
+  group.add_argument("--silence", metavar="SECONDS", type=int, default=100, help="without a sign of life of one of "
+                     "them, after which all stop; default 100")
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -12,18 +12,38 @@ import logging
 import os
 import shlex
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
 from jaxbias.arguments import check_names, parser
-from jaxbias.errors import UserError, did_you_mean
+from jaxbias.errors import Preempted, UserError, did_you_mean
 
+RESTART = 75  # EX_TEMPFAIL of sysexits.h, on which launchers start the command again
 CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-  """Run one verb. Exit codes: 0 done, 2 something the user can mend (one line on stderr says what), 130 interrupted."""
+  """Run one verb. Exit codes: 0 done, 2 something the user can mend (one line on stderr says what), 75 (EX_TEMPFAIL)
+  saved, start me again, 130 interrupted."""
   arguments = list(sys.argv[1:] if arguments is None else arguments)
+  try:
+    code = _run_verb(arguments)
+  except Exception as error:
+    if not (others := _others()):
+      raise
+    if others.lost_another(error):
+      print(f"jaxbias: another process was lost ({str(error).splitlines()[0]}); started again in all of them, the same "
+            "command goes on from the last checkpoint.", file=sys.stderr)  # fmt: skip
+      others.leave(RESTART)
+    traceback.print_exc()
+    code = 1
+  if code not in (0, RESTART) and (others := _others()):
+    others.leave(code)
+  return code
+
+
+def _run_verb(arguments: Sequence[str]) -> int:
   try:
     check_names(arguments)
     options, rest = parser().parse_known_args(arguments)
@@ -41,9 +61,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "kept, so free some space or choose another folder and run the same command.", file=sys.stderr)
       return 2
     raise
+  except Preempted as stopped:
+    print(f"jaxbias: told to stop: {stopped}, and the same command goes on from there.", file=sys.stderr)
+    return RESTART
   except KeyboardInterrupt:
     print("jaxbias: interrupted; the same command goes on from the last checkpoint.", file=sys.stderr)
     return 130
+
+
+def _others():
+  """`jaxbias.distributed` where this process is one of several; looked up, so that nothing heavy is imported for it."""
+  found = sys.modules.get("jaxbias.distributed")
+  return found if found and found.jax.distributed.is_initialized() else None
 
 
 def _join(options) -> None:
@@ -54,7 +83,7 @@ def _join(options) -> None:
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
   from jaxbias import distributed
 
-  distributed.initialize(*given)
+  distributed.initialize(*given, silence=options.silence, notice=options.verb in ("train", "compare"))
   if not distributed.first():
     sys.stdout = open(os.devnull, "w")
     logging.getLogger("jaxbias").setLevel(logging.ERROR)
@@ -95,9 +124,11 @@ def _train(options, rest: Sequence[str]) -> None:
 def _diagnose(options, rest: Sequence[str]) -> None:
   config = _config(options, rest)
   _start_jax()
+  from jaxbias import preemption
   from jaxbias.diagnose import diagnose
 
-  print(f"report: {diagnose(config, options.workdir, _command())}")
+  with preemption.listening():
+    print(f"report: {diagnose(config, options.workdir, _command())}")
 
 
 def _plan(options, rest: Sequence[str]) -> None:
@@ -122,13 +153,14 @@ def _plan(options, rest: Sequence[str]) -> None:
 
 def _run(config, workdir: Path) -> None:
   _start_jax()
+  from jaxbias import distributed, preemption
   from jaxbias.compare import compare
   from jaxbias.report.tables import terminal
   from jaxbias.report.write import write
 
-  command = _command()
-  results = compare(config, workdir, command)
-  page = write(workdir)
+  with preemption.listening():
+    results = compare(config, workdir, _command())
+  page = distributed.from_first(lambda: str(write(workdir)))
   _print(terminal(results))
   print(f"\nreport: {page}\ntable:  {workdir / 'table.md'}")
   failed = [row["name"] for row in results["rows"] if row.get("failed")]
@@ -180,13 +212,14 @@ def _finetune(options, rest: Sequence[str]) -> None:
 
   glue.get(options.task)
   _start_jax()
-  from jaxbias import finetune
+  from jaxbias import finetune, preemption
 
   chosen = (field.name for field in dataclasses.fields(finetune.Settings))
   settings = finetune.Settings(**{name: getattr(options, name) for name in chosen})
-  table, failed = finetune.finetune(
-    options.model, options.task, options.data, settings, options.workdir, options.dtype, _command()
-  )
+  with preemption.listening():
+    table, failed = finetune.finetune(
+      options.model, options.task, options.data, settings, options.workdir, options.dtype, _command()
+    )
   _print(table)
   print(f"\nresult: {options.workdir / finetune.RESULT}")
   if failed:

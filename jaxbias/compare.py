@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from jaxbias import config as configs
-from jaxbias import methods, provenance
+from jaxbias import distributed, methods, preemption, provenance
 from jaxbias.data import sources
 from jaxbias.data.corpora import read_texts, with_pool
 from jaxbias.data.groups import read_groups
@@ -168,7 +168,7 @@ def prepare(config, workdir: Path, command: str) -> Comparison:
   parsed = {name: parse(spec["losses"]) for name, spec in specs.items()}
   recipes = {name: methods.recipe(spec["method"], spec.get("texts", {})) for name, spec in specs.items()}
   data = load_data(config.data)
-  claim(workdir, plain, command)
+  distributed.from_first(lambda: claim(workdir, plain, command))
   dtype = None if config.dtype == "auto" else config.dtype
   model = language_model.load(config.model, dtype, make_mesh(config.mesh), config.train.remat, config.mesh.rules)
 
@@ -200,16 +200,17 @@ def run(job: Comparison, command: str) -> dict:
   looks, read_each = len(configs.watched(job.config)), job.read_cost(job.probe.segments) if job.probe else 0.0
   trained = steps + looks * job.config.watch.batches
   train_cost = {o: TRAINED_TOKEN * trained * shape.B * shape.T + looks * read_each for o, shape in shapes.items()}
-  todo = [(v, s) for v in job.variants for s in seeds if not _evaluation(job, f"{v.name}-seed{s}").exists()]
+  finished = distributed.from_first(lambda: _finished(job))
+  todo = [(v, s) for v in job.variants for s in seeds if f"{v.name}-seed{s}" not in finished]
   held_by = {v.name: job.fisher_segments(v) for v, _ in todo}
   held_cost = {name: TRAINED_TOKEN * job.read_cost(segments) for name, segments in held_by.items()}
   cost = job.read_cost(asked) + sum(train_cost[v.objective] + evaluation_cost for v, _ in todo) + evaluation_cost
   cost += sum(held_cost[v.name] for v, _ in todo)
   failures = {}
-  with Tracker("comparison", cost) as tracker:
+  with Tracker("comparison", cost, quiet=not distributed.first(), check=preemption.check) as tracker:
     tracker.phase("reference: what the start model says", len(asked), job.read_cost(asked))
     ref = reference.compute(model, asked, cache_folder() / "reference", tracker.advance) if asked else None
-    if not _evaluation(job, "base").exists():
+    if "base" not in finished:
       tracker.phase("evaluate base", _texts_evaluated(job), evaluation_cost)
       _evaluate(job, "base", job.trainer.adapters(job.trainer.initial_state(0)), tracker, {})
     control, watch = (job.control(), job.watch(tracker)) if todo else (None, None)
@@ -236,12 +237,18 @@ def run(job: Comparison, command: str) -> dict:
       tracker.phase(f"evaluate {name}", _texts_evaluated(job), evaluation_cost)
       _evaluate(job, name, scaled(job.trainer.adapters(state), factor, model.params), tracker, spent)
   results = summarise(job, failures, command)
-  write_json(job.workdir / "results.json", results)
+  distributed.from_first(lambda: write_json(job.workdir / "results.json", results))
   return results
 
 
 def _evaluation(job: Comparison, name: str) -> Path:
   return job.workdir / name / "evaluation.json"
+
+
+def _finished(job: Comparison) -> list[str]:
+  """Of the base and all runs those that are evaluated."""
+  names = ["base", *(f"{variant.name}-seed{seed}" for variant in job.variants for seed in job.config.seeds)]
+  return [name for name in names if _evaluation(job, name).exists()]
 
 
 def _texts_evaluated(job: Comparison) -> int:
@@ -256,8 +263,8 @@ def _note(record: Mapping) -> str:
 def _evaluate(job: Comparison, name: str, adapters: Mapping, tracker: Tracker, train_record: Mapping) -> None:
   began = time.perf_counter()
   scores = tradeoff.measure(job.trainer.model, job.encoded, adapters, tracker.advance)
-  write_json(_evaluation(job, name), {"scores": scores, "train": train_record,
-                                      "seconds": time.perf_counter() - began})  # fmt: skip
+  record = {"scores": scores, "train": train_record, "seconds": time.perf_counter() - began}
+  distributed.from_first(lambda: write_json(_evaluation(job, name), record))
 
 
 def summarise(job: Comparison, failures: Mapping[str, str], command: str) -> dict:

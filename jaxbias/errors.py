@@ -14,6 +14,10 @@ class UserError(Exception):
   """Something the user can mend; the message says what, where and what now."""
 
 
+class Preempted(Exception):
+  """Told to stop, and stopped where nothing is lost; the message says what is saved."""
+
+
 def nearest(name: str, valid: Iterable[str]) -> str | None:
   """The valid name closest to `name`, or None when nothing is close."""
   found = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)

@@ -20,7 +20,7 @@ from flax.traverse_util import flatten_dict
 from rich.table import Table
 
 from jaxbias import config as configs
-from jaxbias import provenance
+from jaxbias import preemption, provenance
 from jaxbias.compare import TRAINED_TOKEN, claim
 from jaxbias.data import glue
 from jaxbias.data.glue import Example
@@ -244,7 +244,7 @@ def run(job: Job) -> list[str]:
   todo = [seed for seed in draws if seed not in job.finished]
   train_cost = TRAINED_TOKEN * steps * shape.B * shape.T
   dev_cost = float(sum(len(segment.tokens) for segment in segments))
-  with Tracker("finetune", max(1.0, len(todo) * (train_cost + dev_cost))) as tracker:
+  with Tracker("finetune", max(1.0, len(todo) * (train_cost + dev_cost)), check=preemption.check) as tracker:
     for seed in todo:
       folder = job.folder(seed)
       folder.mkdir(parents=True, exist_ok=True)

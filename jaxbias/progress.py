@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import TracebackType
 
 from rich.console import Console, RenderableType
@@ -27,10 +27,13 @@ class Tracker:
   """Two bars: the phase in hand, counted in its own units, and the whole job, counted in tokens read or trained on.
 
   Token counts (a trained token as three read ones) make the time left honest across phases of different kinds.
-  `quiet` shows nothing: for all processes but the first.
+  `quiet` shows nothing: for all processes but the first. `check` is called between units, where it may raise.
   """
 
-  def __init__(self, job: str, total_cost: float, quiet: bool = False):
+  def __init__(
+    self, job: str, total_cost: float, quiet: bool = False, check: Callable[[], None] = lambda: None
+  ):  # fmt: skip
+    self._check = check
     self._console = Console(stderr=True, soft_wrap=True, quiet=quiet)
     self._live = self._console.is_terminal
     self._bars = _Bars(
@@ -61,6 +64,7 @@ class Tracker:
   def advance(self, units: int, note: str = "") -> None:
     """`units` more of the phase are done; `note` (a loss, a score) is shown beside its name."""
     self.reach(self._done + units, note)
+    self._check()
 
   def reach(self, done: int, note: str = "") -> None:
     """`done` units of the phase are done, whether in this process or in one before it."""

@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = (
-  {"types", "config", "errors", "files", "distributed", "hlo", "progress", "provenance"},
+  {"types", "config", "errors", "files", "distributed", "hlo", "preemption", "progress", "provenance"},
   {"data"},
   {"mesh"},
   {"models"},

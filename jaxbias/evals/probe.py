@@ -26,7 +26,7 @@ from jaxbias.data.fields import json_lines, string, unique
 from jaxbias.data.pipeline import Segment, text_segment
 from jaxbias.data.rows import Text, Triple
 from jaxbias.data.sources import triple_choices
-from jaxbias.distributed import first, on_host, to_devices
+from jaxbias.distributed import everywhere, first, on_host, to_devices
 from jaxbias.errors import UserError
 from jaxbias.evals import passes, scoring, stereoset
 from jaxbias.evals.forgetting import Losses
@@ -203,7 +203,7 @@ def start(model: LanguageModel, probe: Probe, adapters: Mapping, path: Path, sco
   """
   mine = {"model": model.fingerprint, "tokenizer": model.tokenizer.fingerprint, "dtype": model.config.dtype,
           "set of texts and masks": probe.fingerprint}  # fmt: skip
-  if path.exists():
+  if everywhere(path.exists()):
     with np.load(path) as stored:
       for what, value in mine.items():
         if str(stored[what]) != value:

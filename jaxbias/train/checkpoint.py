@@ -42,12 +42,19 @@ def _uninterrupted():
       signal.raise_signal(signal.SIGINT)
 
 
+class _Manager(ocp.CheckpointManager):
+  """One that does not ask jax's preemption service by a count of its own: `preemption.due` asks at every boundary."""
+
+  def reached_preemption(self, step: int) -> bool:
+    return False
+
+
 class Checkpoints:
   """The checkpoints of one run's folder; the newest `keep` stay."""
 
   def __init__(self, folder: Path, keep: int = 2):
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False)
-    self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+    self._manager = _Manager(folder.absolute(), options=options)
 
   @property
   def newest(self) -> int | None:

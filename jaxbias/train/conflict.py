@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxbias.distributed import on_host
 from jaxbias.losses.registry import Objective
 from jaxbias.models.transformer import Transformer
 from jaxbias.train.step import loss
@@ -69,7 +70,8 @@ def measure(
   total = of(state, frozen, batches[0], coefficients)
   for batch in batches[1:]:
     total = _add(total, of(state, frozen, batch, coefficients))
-  return np.asarray(products(total), np.float64) / len(batches) ** 2
+  [product_KK] = on_host([products(total)])
+  return product_KK.astype(np.float64) / len(batches) ** 2
 
 
 def describe(keys: Sequence[str], product_KK: np.ndarray) -> dict[str, dict[str, float | None]]:

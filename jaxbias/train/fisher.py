@@ -24,6 +24,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxbias.data.pipeline import LENGTHS, Place, Segment, Shape, draw, pack
 from jaxbias.data.rows import Split
 from jaxbias.data.tokens import Tokenizer
+from jaxbias.distributed import everywhere, first, on_host, to_devices
 from jaxbias.errors import UserError
 from jaxbias.losses.logprobs import gather_positions, logits, token_logprobs
 from jaxbias.losses.registry import parse
@@ -65,7 +66,8 @@ def compute(
   folder: Path,
   advance: Callable[[int], None] = lambda texts: None,
 ) -> dict[str, jax.Array]:
-  """{path: F} of the weights at `paths`, float32, laid out like the weights; from `folder` when it is there already.
+  """{path: F} of the weights at `paths`, float32, laid out like the weights; from `folder` when it is there already,
+  for all processes; the first one writes it there.
 
   Every distinct text counts once. Labels are drawn by the text's own key: neither its neighbours nor the mesh matter.
   """
@@ -74,10 +76,10 @@ def compute(
   identity = json.dumps([FORMAT, *of_model, sorted(distinct), sorted(paths)])
   path = folder / f"{hashlib.sha256(identity.encode()).hexdigest()[:24]}.npz"
   weights = {name: leaf for name, leaf in _by_name(model.params).items() if name in set(paths)}
-  if path.exists():
+  if everywhere(path.exists()):
     advance(len(distinct))
     with np.load(path) as stored:
-      return {name: jax.device_put(stored[name], leaf.sharding) for name, leaf in weights.items()}
+      return {name: to_devices(stored[name], leaf.sharding) for name, leaf in weights.items()}
   total = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32, device=leaf.sharding), weights)
   add = _accumulate(model.module, {name: leaf.sharding for name, leaf in weights.items()})
   for arrays, texts in _chunks(distinct, model, sum(leaf.size for leaf in weights.values())):
@@ -86,7 +88,9 @@ def compute(
     advance(texts)
   tokens = sum(len(segment.target) for segment in distinct.values())
   found = jax.tree.map(lambda x: x / tokens, total)
-  _write(path, found)
+  on_disk = dict(zip(found, on_host(list(found.values())), strict=True))
+  if first():
+    _write(path, on_disk)
   return found
 
 
@@ -150,8 +154,8 @@ def _chunks(distinct: Mapping[str, Segment], model: LanguageModel, size: int):
     by_length.setdefault(next(n for n in LENGTHS if n >= len(segment.tokens)), []).append(key)
   for T, keys in sorted(by_length.items()):
     groups = min(N, math.ceil(len(keys) / B))
-    for first in range(0, len(keys), groups * B):
-      chosen = keys[first : first + groups * B]
+    for begin in range(0, len(keys), groups * B):
+      chosen = keys[begin : begin + groups * B]
       places = [Place(b, 0, 0, 0, 0) for b in range(len(chosen))]
       arrays = pack([distinct[key] for key in chosen], places, Shape(groups * B, T, T, 0, 1))
       arrays = {name: arrays[name] for name in ("tokens", "segment", "position", "score_at", "score_segment")}
@@ -160,15 +164,15 @@ def _chunks(distinct: Mapping[str, Segment], model: LanguageModel, size: int):
       key_data = np.zeros((groups * B, 2), np.uint32)
       key_data[: len(chosen)] = words
       arrays["key"] = key_data.reshape(groups, B, 2)
-      yield jax.device_put(arrays, NamedSharding(model.mesh, PartitionSpec(None, *BATCH))), len(chosen)
+      yield to_devices(arrays, NamedSharding(model.mesh, PartitionSpec(None, *BATCH))), len(chosen)
 
 
 def _by_name(params: Mapping) -> dict[str, jax.Array]:
   return {"/".join(path): leaf for path, leaf in flatten_dict(dict(params)).items()}
 
 
-def _write(path: Path, fisher: Mapping[str, jax.Array]) -> None:
+def _write(path: Path, fisher: Mapping[str, np.ndarray]) -> None:
   path.parent.mkdir(parents=True, exist_ok=True)
   temporary = path.with_name(f"{path.stem}.{os.getpid()}.tmp.npz")
-  np.savez(temporary, **{name: np.asarray(x) for name, x in fisher.items()})
+  np.savez(temporary, **fisher)
   os.replace(temporary, path)

@@ -11,10 +11,10 @@ import json
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-import jax
 import numpy as np
 import optax
 
+from jaxbias.distributed import first, to_devices
 from jaxbias.files import replace
 from jaxbias.mesh import replicated
 from jaxbias.methods.controllers import Controller, Phase, better
@@ -51,7 +51,8 @@ class Guide:
     phase = Phase.from_json(about["phase"]) if "phase" in about else run.control.controller.first()
     path, done = run.folder / "controller.jsonl", about.get("data_position", 0)
     lines = [line for line in read_jsonl(path) if line["step"] <= done]
-    replace(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
+    if first():
+      replace(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
     return cls(trainer, run, fresh, phase, about.get("best"))
 
   def _enter(self, phase: Phase) -> None:
@@ -64,7 +65,7 @@ class Guide:
   def step_for(self, coefficients: Mapping) -> tuple[Callable, dict]:
     """The compiled step of the phase, and the coefficients with its learning rate."""
     rate = np.float32(self.run.coefficients["learning_rate"] * self.phase.rate)
-    rate = jax.device_put(rate, replicated(self.trainer.model.mesh))
+    rate = to_devices(rate, replicated(self.trainer.model.mesh))
     return self.trainer.step_for(self.run.objective, self._optimizer()), {**coefficients, "learning_rate": rate}
 
   def _optimizer(self) -> optax.GradientTransformation | None:
@@ -84,8 +85,9 @@ class Guide:
       self.kept.save(state, self.run.config)
     phase = self.run.control.controller.next(self.phase, step, scores)
     record = {"step": step, "scores": scores, "lms": lms, "best": self.best["step"] == step, "next": phase.to_json()}
-    with self.path.open("a", encoding="utf-8") as out:
-      out.write(json.dumps(record) + "\n")
+    if first():
+      with self.path.open("a", encoding="utf-8") as out:
+        out.write(json.dumps(record) + "\n")
     self._enter(phase)
     if phase.schedule_steps and phase.began == step:  # new moments, and a schedule that starts anew
       state = state.replace(opt_state=self.trainer.fresh_moments(state.params, self.run.objective))

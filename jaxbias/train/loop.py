@@ -11,12 +11,13 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxbias import preemption
 from jaxbias.data.pipeline import Shape
-from jaxbias.errors import UserError
+from jaxbias.distributed import first, on_host, to_devices
+from jaxbias.errors import Preempted, UserError
 from jaxbias.losses.registry import Objective
 from jaxbias.mesh import batch_sharding, replicated
 from jaxbias.models.language_model import LanguageModel
@@ -137,7 +138,7 @@ class Trainer:
     params = jax.jit(make, static_argnums=0, out_shardings=shardings.params)(seed, self.model.params)
     opt_state = self.fresh_moments(params, objective)
     aux = jax.jit(functools.partial(objective.init_aux, *self._read_by_aux), out_shardings=shardings.aux)()
-    return TrainState(jax.device_put(jnp.int32(0), shardings.step), params, opt_state, aux)
+    return TrainState(to_devices(np.int32(0), shardings.step), params, opt_state, aux)
 
   def fresh_moments(self, params: Mapping, objective: Objective):
     """The optimizer's state at the beginning of a schedule."""
@@ -154,7 +155,8 @@ def train(trainer: Trainer, run: Run, on_step: Callable[[dict], None] = lambda r
 
   The same folder continued gives the same numbers as an uninterrupted run. `on_step` gets every record that goes
   to metrics.jsonl. With a controller the run ends when that says so, and the state is the best that it looked at.
-  Raises TrainingFailed with the step, the loss part and the texts when a loss is not finite.
+  Raises TrainingFailed with the step, the loss part and the texts when a loss is not finite, and Preempted, after a
+  save, at the first step boundary at which `preemption.due` says so.
   """
   checkpoints = Checkpoints(run.folder / "checkpoints")
   fresh = trainer.initial_state(run.sampler.seed, run.objective)
@@ -163,21 +165,21 @@ def train(trainer: Trainer, run: Run, on_step: Callable[[dict], None] = lambda r
   sampler = guide.sampler if guide else run.sampler
   done = int(state.step)
   watcher = Watcher(trainer, run, run.watch, done) if run.watch else None
-  writer = MetricsWriter(run.folder, after_step=done)
+  writer = MetricsWriter(run.folder, after_step=done) if first() else None
   frozen = {"params": trainer.model.params, "lora_scale": trainer.scale, "fisher": dict(run.fisher)}
   sharding = batch_sharding(trainer.model.mesh)
-  coefficients = jax.tree.map(np.float32, run.coefficients)
-  draws = jax.random.key(run.sampler.seed)  # whose stream 0 drew the adapters
-  coefficients |= {"dropout_key": jax.random.fold_in(draws, 1), "mixout_key": jax.random.fold_in(draws, 3)}
-  coefficients = jax.device_put(coefficients, replicated(trainer.model.mesh))
+  whole = replicated(trainer.model.mesh)
+  coefficients = to_devices(jax.tree.map(np.float32, run.coefficients), whole)
+  coefficients |= jax.jit(_keys, out_shardings=whole)(run.sampler.seed)
   step_function = trainer.step_for(run.objective)
   clock = time.perf_counter()
 
   def report(step: int, metrics, ids: list[str], batch) -> None:
     nonlocal clock
+    logprob_BS = metrics.pop("logprob")  # the only one that lies across processes
     metrics = jax.device_get(metrics)
     if not metrics["finite"]:
-      raise TrainingFailed(_failure(run, step, metrics, ids, batch, checkpoints.newest))
+      raise TrainingFailed(_failure(run, step, metrics, on_host([logprob_BS])[0], ids, batch, checkpoints.newest))
     now = time.perf_counter()
     record = {
       "step": step, "loss": float(metrics["loss"]), "parts": {k: float(v) for k, v in metrics["parts"].items()},
@@ -187,7 +189,8 @@ def train(trainer: Trainer, run: Run, on_step: Callable[[dict], None] = lambda r
     clock = now
     if metrics["notes"]:
       record["notes"] = {k: float(v) for k, v in metrics["notes"].items()}
-    writer.write(step, record)
+    if writer:
+      writer.write(step, record)
     on_step({**record, "texts": len(ids)})
 
   try:
@@ -205,29 +208,38 @@ def train(trainer: Trainer, run: Run, on_step: Callable[[dict], None] = lambda r
         clock = time.perf_counter()
       batch, ids = sampler.batch(step, run.shape)
       with jax.transfer_guard("disallow"):
-        state, metrics = step_function(state, frozen, jax.device_put(batch, sharding), coefficients)
+        state, metrics = step_function(state, frozen, to_devices(batch, sharding), coefficients)
       if late:
         report(*late)
       late = (step + 1, metrics, ids, batch)
       last, look = step + 1 == trainer.train.steps, guide and step + 1 == guide.phase.until
-      if (step + 1) % trainer.train.checkpoint_every == 0 or last or look:
+      stop = preemption.due()
+      if (step + 1) % trainer.train.checkpoint_every == 0 or last or look or stop:
         report(*late)
         late = None
         if look or (guide and last):
           state = guide.look(state)
           sampler, clock = guide.sampler, time.perf_counter()
         checkpoints.save(state, run.config, **(guide.about() if guide else {}))
+        if stop:
+          raise Preempted(f"{run.folder.name} is saved at step {step + 1}")
     if watcher:
       watcher.look(state, sampler, frozen, coefficients)
     return guide.best_state(state) if guide else state
   finally:
-    writer.close()
+    if writer:
+      writer.close()
     checkpoints.close()
 
 
-def _failure(run: Run, step: int, metrics: dict, ids: list[str], batch, saved: int | None) -> str:
+def _keys(seed: int) -> dict[str, jax.Array]:
+  draws = jax.random.key(seed)  # whose stream 0 drew the adapters
+  return {"dropout_key": jax.random.fold_in(draws, 1), "mixout_key": jax.random.fold_in(draws, 3)}
+
+
+def _failure(run: Run, step: int, metrics: dict, logprob_BS: np.ndarray, ids: list[str], batch, saved: int | None):
   parts = [name for name, value in metrics["parts"].items() if not np.isfinite(value)]
-  bad = batch.row[(batch.row >= 0) & ~np.isfinite(metrics["logprob"])]
+  bad = batch.row[(batch.row >= 0) & ~np.isfinite(logprob_BS)]
   texts = [ids[i] for i in bad] or ids
   shown = ", ".join(texts[:6]) + (f" and {len(texts) - 6} more" if len(texts) > 6 else "")
   what = f"loss part {', '.join(parts)}" if parts else "gradient"

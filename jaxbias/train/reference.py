@@ -18,6 +18,7 @@ import jax
 import numpy as np
 
 from jaxbias.data.pipeline import Segment, pack, packed_batches
+from jaxbias.distributed import everywhere, first, on_host, to_devices
 from jaxbias.losses.logprobs import gather_positions, token_logprobs
 from jaxbias.mesh import batch_sharding, batch_shards
 from jaxbias.models.language_model import LanguageModel
@@ -50,7 +51,7 @@ def _forward(module: Transformer, mesh):
     return logprob, gather_positions(hidden, arrays["kl_at"]).astype("float32")
 
   sharding = batch_sharding(mesh)
-  return lambda params, arrays: run(params, jax.device_put(arrays, sharding))
+  return lambda params, arrays: on_host(run(params, to_devices(arrays, sharding)))
 
 
 def compute(
@@ -59,24 +60,26 @@ def compute(
   folder: Path,
   advance: Callable[[int], None] = lambda texts: None,
 ) -> Reference:
-  """The reference for every distinct text among `segments`, from `folder` when it is there already."""
+  """The reference for every distinct text among `segments`, from `folder` when it is there already, for all processes;
+  the first one writes it there."""
   distinct = {key_of(segment): segment for segment in segments}
   identity = [FORMAT, model.fingerprint, model.tokenizer.fingerprint, model.config.dtype, sorted(distinct)]
   path = folder / f"{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:24]}.npz"
-  if path.exists():
+  if everywhere(path.exists()):
     advance(len(distinct))
     return _read(path)
   keys, todo = list(distinct), list(distinct.values())
   run = _forward(model.module, model.mesh)
   logprob, hidden = {}, {}
   for indices, places, shape in packed_batches(todo, batch_shards(model.mesh)):
-    logprobs_BP, hidden_BKD = map(np.asarray, run(model.params, pack([todo[i] for i in indices], places, shape)))
+    logprobs_BP, hidden_BKD = run(model.params, pack([todo[i] for i in indices], places, shape))
     for i, at in zip(indices, places, strict=True):
       logprob[keys[i]] = logprobs_BP[at.b, at.p : at.p + len(todo[i].target)]
       hidden[keys[i]] = hidden_BKD[at.b, at.k : at.k + len(todo[i].kl_at)]
     advance(len(indices))
   reference = Reference(logprob, hidden)
-  _write(path, reference)
+  if first():
+    _write(path, reference)
   return reference
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from jaxbias.distributed import to_devices
+from jaxbias.distributed import first, on_host, to_devices
 from jaxbias.evals import forgetting, stereoset
 from jaxbias.evals.forgetting import Losses
 from jaxbias.evals.metrics import Estimate
@@ -59,7 +59,8 @@ class Watcher:
     """Lines from step `done` on go: these looks will be repeated."""
     self.trainer, self.run, self.watch = trainer, run, watch
     self.path = run.folder / FILE
-    rewind(self.path, lambda line: line["step"] < done)
+    if first():
+      rewind(self.path, lambda line: line["step"] < done)
 
   def due(self, step: int) -> bool:
     return step in self.watch.steps
@@ -73,13 +74,15 @@ class Watcher:
     sharding = batch_sharding(model.mesh)
     batches = [to_devices(sampler.batch(i, self.run.shape)[0], sharding) for i in range(self.watch.batches)]
     products_KK = conflict.measure(model.module, self.run.objective, state, frozen, batches, coefficients["losses"])
+    [square] = on_host([_square(state.params, frozen)])
     record = {
-      "step": int(state.step), "distance": abs(factor) * float(np.sqrt(_square(state.params, frozen))),
+      "step": int(state.step), "distance": abs(factor) * float(np.sqrt(square)),
       "gradients": conflict.describe(keys, products_KK),
       **summary(probe, self.watch.start.losses, losses, self.watch.draws),
     }  # fmt: skip
-    with self.path.open("a", encoding="utf-8") as out:
-      out.write(json.dumps(record) + "\n")
+    if first():
+      with self.path.open("a", encoding="utf-8") as out:
+        out.write(json.dumps(record) + "\n")
 
 
 @jax.jit
