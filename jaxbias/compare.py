@@ -21,6 +21,7 @@ from jaxbias.data import sources
 from jaxbias.data.corpora import read_texts, with_pool
 from jaxbias.data.groups import read_groups
 from jaxbias.data.pipeline import Segment, Shape, packed_batches
+from jaxbias.data.roles import with_roles
 from jaxbias.data.rows import DataSet, Split
 from jaxbias.data.sources import triple_choices
 from jaxbias.errors import UserError
@@ -157,6 +158,8 @@ def load_data(chosen) -> DataSet:
     data = sources.of_domains(data, tuple(chosen.domains))
   if chosen.groups:
     data = dataclasses.replace(data, train=dataclasses.replace(data.train, groups=read_groups(chosen.groups)))
+  if any(chosen.roles.values()):
+    data = with_roles(data, chosen.roles.to_dict())
   return with_pool(data, read_texts(chosen.corpus)) if chosen.corpus else data
 
 
@@ -176,7 +179,8 @@ def prepare(config, workdir: Path, command: str) -> Comparison:
     objective, coefficients = parsed[name]
     peak = plain["train"]["learning_rate"] * specs[name]["learning_rate_scale"]
     texts = {
-      seed: tokenise(recipes[name](data.train, seed), objective, model.tokenizer, model.config.max_positions)
+      seed: tokenise(recipes[name](data.train, seed), objective, model.tokenizer, model.config.max_positions,
+                     config.data.max_tokens)
       for seed in plain["seeds"]
     }
     remedy = transforms.coefficients(configs.remedy(plain, name), plain["train"]["steps"], model.config)

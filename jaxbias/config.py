@@ -48,6 +48,8 @@ def defaults() -> ConfigDict:
     "domains": (),  # bias types whose triples are read, such as ("gender",); empty = all
     "groups": "",  # a JSONL file of positives and negatives, see docs/data.md; empty = made from the triples
     "corpus": "",  # JSON lines {"id", "text"}: the pool that `cda` makes its texts of, see docs/diagnosis.md
+    "roles": {"forget": "", "retain": "", "general": ""},  # own texts in place of the method's, see docs/data.md
+    "max_tokens": 0,  # longer texts are cut; 0 = none is, and one past the model's window is refused
     "split_file": "",  # target terms of each split, for StereoSet; empty = by the hash rule of docs/data.md
   }
   c.lora = {
@@ -203,6 +205,8 @@ def validate(config: ConfigDict) -> None:
       raise UserError(f"{key} = {value}; it must be positive.")
   if not 0 <= t.warmup_steps <= t.steps:
     raise UserError(f"train.warmup_steps = {t.warmup_steps} is not between 0 and train.steps = {t.steps}.")
+  if config.data.max_tokens < 0 or config.data.max_tokens == 1:
+    raise UserError(f"data.max_tokens = {config.data.max_tokens}; give at least 2, or 0 for no cut.")
   _one_of("control.name", config.control.name, ("", "signed", "published"))
   _one_of("control.script", config.control.script, ("train", "train_7b"))
   _one_of("control.split", config.control.split, ("train", "validation", "test"))

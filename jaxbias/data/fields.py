@@ -15,7 +15,7 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from jaxbias.errors import UserError
+from jaxbias.errors import UserError, nearest
 
 File = str | os.PathLike[str] | Traversable
 Row = TypeVar("Row")
@@ -28,15 +28,24 @@ class Reading:
 
   files: dict[str, str] = dataclasses.field(default_factory=dict)
   malformed: list[str] = dataclasses.field(default_factory=list)
+  tolerant: bool = False
 
 
 _READING: contextvars.ContextVar[Reading | None] = contextvars.ContextVar("reading", default=None)
 
 
-@contextlib.contextmanager
-def tolerant() -> Iterator[Reading]:
+def tolerant() -> contextlib.AbstractContextManager[Reading]:
   """Within it a malformed row is noted and left out, where elsewhere it stops the reading; files are noted, too."""
-  reading = Reading()
+  return _reading(Reading(tolerant=True))
+
+
+def noted() -> contextlib.AbstractContextManager[Reading]:
+  """Within it files are noted; a malformed row stops the reading as ever."""
+  return _reading(Reading())
+
+
+@contextlib.contextmanager
+def _reading(reading: Reading) -> Iterator[Reading]:
   token = _READING.set(reading)
   try:
     yield reading
@@ -50,7 +59,8 @@ def a_row() -> Iterator[None]:
   try:
     yield
   except UserError as error:
-    if (reading := _READING.get()) is None:
+    reading = _READING.get()
+    if not (reading and reading.tolerant):
       raise
     reading.malformed.append(str(error))
 
@@ -109,7 +119,8 @@ def table(file: File, columns: Iterable[str], delimiter: str = ",") -> Iterable[
     head = next(reader, [])
     for column in columns:
       if column not in head:
-        raise UserError(f"{file} line 1: there is no column `{column}`.")
+        close = nearest(column, head)
+        raise UserError(f"{file} line 1: there is no column `{column}`{f' (there is `{close}`)' if close else ''}.")
     for row in filter(None, reader):
       where, whole = f"{file} line {reader.line_num}", []
       with a_row():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,14 @@ def is_remote(source: str) -> bool:
 
 
 def records(source: str) -> list[dict[str, Any]]:
-  """The rows of one split as JSON has them, labels by their names. SPLIT may be left out where there is only one.
+  """The rows of one split as JSON has them, labels by their names. Raises UserError as `opened` does."""
+  features, rows = opened(source)
+  return [plain(row, features) for row in rows]
+
+
+def opened(source: str) -> tuple[Mapping, Sequence[Mapping]]:
+  """(features, rows) of one split, the rows as the package has them, read at random. SPLIT may be left out where there
+  is only one.
 
   Raises UserError where the package, the data set or the split is not there.
   """
@@ -38,7 +45,12 @@ def records(source: str) -> list[dict[str, Any]]:
     asked = f"there is no split `{split}`" if split else "name a split"
     raise UserError(f"{source}: {asked}; {did_you_mean(split, splits)}")
   features, rows = splits[split]
-  return [{name: _plain(value, features[name]) for name, value in row.items()} for row in rows()]
+  return features, rows()
+
+
+def plain(row: Mapping, features: Mapping) -> dict[str, Any]:
+  """A row as JSON has it; a column without a feature stays as it is."""
+  return {name: _plain(value, features[name] if name in features else None) for name, value in row.items()}
 
 
 def _parts(rest: str) -> tuple[str, str, str]:
@@ -54,7 +66,8 @@ def _tfds_parts(rest: str) -> tuple[str, str, str]:
   return (name, "", last) if name and not re.fullmatch(r"[\d.*]+", last) else (rest, "", "")
 
 
-def _package(module: str, package: str) -> Any:
+def package(module: str, package: str) -> Any:
+  """An optional package. Raises UserError where it is not installed."""
   try:
     return importlib.import_module(module)
   except ImportError as error:
@@ -62,7 +75,7 @@ def _package(module: str, package: str) -> Any:
 
 
 def _hugging_face(name: str, config: str) -> dict[str, tuple[Mapping, Any]]:
-  datasets = _package("datasets", "datasets")
+  datasets = package("datasets", "datasets")
   saved = any((Path(name) / file).exists() for file in ("dataset_dict.json", "dataset_info.json"))
   name, _, revision = (name, "", "") if Path(name).exists() else name.partition("@")
   found = (datasets.load_from_disk(name) if saved
@@ -73,7 +86,7 @@ def _hugging_face(name: str, config: str) -> dict[str, tuple[Mapping, Any]]:
 
 def _tfds(name: str) -> dict[str, tuple[Mapping, Any]]:
   """Through data sources, which need no TensorFlow."""
-  tfds = _package("tensorflow_datasets", "tensorflow-datasets")
+  tfds = package("tensorflow_datasets", "tensorflow-datasets")
   if Path(name).is_dir():
     builder = tfds.builder_from_directory(name)
   else:

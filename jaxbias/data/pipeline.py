@@ -8,6 +8,7 @@ function of (seed, step): there is nothing to save but the step.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -161,8 +162,11 @@ def place(
 
 
 def place_in(segments: Sequence[Segment], planned: Shape) -> tuple[list[Place], Shape]:
-  """As `plan` placed them: with the planned shape's positions as caps."""
-  return place(segments, planned.T, planned.P, planned.K)
+  """As `plan` placed them: with the planned shape's positions as caps. A text that is longer than its rows, which no
+  batch that was planned had, lengthens them to the next of LENGTHS."""
+  longest = max(len(segment.tokens) for segment in segments)
+  length = planned.T if longest <= planned.T else next((n for n in LENGTHS if n >= longest), longest)
+  return place(segments, length, planned.P, planned.K)
 
 
 def plan(batches: Iterable[Sequence[Segment]], shards: int = 1) -> Shape:
@@ -191,6 +195,12 @@ def cost(shape: Shape) -> float:
 def _up(n: float, step: int) -> int:
   """The multiple of `step` at or above n."""
   return step * math.ceil(n / step)
+
+
+def grown(planned: Shape, need: Shape, shards: int) -> Shape:
+  """`planned`, or where a batch needs more, that much more in eighths of it: few shapes whatever is drawn."""
+  up = lambda have, needed: have if needed <= have else _up(needed, max(1, math.ceil(have / 8)))
+  return union([Shape(*map(up, planned, need))._replace(T=max(planned.T, need.T))], shards)
 
 
 def union(shapes: Iterable[Shape], shards: int) -> Shape:
@@ -284,5 +294,32 @@ def _scored(segments: Sequence[Segment], length: int) -> int:
 def draw(count: int, per_step: int, step: int, key: tuple[int, ...]) -> np.ndarray:
   """Which of `count` items step `step` reads: every epoch is its own permutation, seeded by `key` and the epoch."""
   ticks = np.arange(step * per_step, (step + 1) * per_step)
-  orders = {e: np.random.default_rng((*key, int(e))).permutation(count) for e in np.unique(ticks // count)}
+  orders = {e: _order(count, (*key, int(e))) for e in np.unique(ticks // count)}
   return np.array([orders[tick // count][tick % count] for tick in ticks])
+
+
+@functools.lru_cache(maxsize=8)
+def _order(count: int, key: tuple[int, ...]) -> np.ndarray:
+  """An epoch's permutation, which all its steps ask for."""
+  order = np.random.default_rng(key).permutation(count)
+  order.flags.writeable = False
+  return order
+
+
+def draw_mixture(
+  parts: Sequence[tuple[int, float]], per_step: int, step: int, key: tuple[int, ...]
+) -> np.ndarray:
+  """As `draw`, from sources that lie one behind the other: (texts, weight) of each.
+
+  Of the texts drawn up to any moment each source has its share by weight, of two sources to within half a text; each
+  goes through its own epochs, so that a small one is read again while a large one is not through.
+  """
+  ticks = np.arange(step * per_step, (step + 1) * per_step)
+  out, left, begin = np.empty_like(ticks), np.ones(len(ticks), bool), 0
+  for number, (count, weight) in enumerate(parts):
+    share = weight / sum(weight for _, weight in parts[number:])
+    before, after = (np.floor(n * share + 0.5).astype(int) for n in (ticks, ticks + 1))  # of this source, so far
+    mine = left & (after > before)
+    out[mine] = [begin + _order(count, (*key, number, int(n) // count))[n % count] for n in before[mine]]
+    ticks, left, begin = ticks - before, left & ~mine, begin + count
+  return out

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
+T = TypeVar("T")
 MASK, OTHER = "[MASK]", "[OTHER]"  # the places of a Cloze; what the tokenizer calls them is the scorer's business
 LABELS = ("stereotype", "anti-stereotype", "unrelated")
 FAMILIES = {  # which generator made a row of a group, by family: negatives are drawn from each in turn
@@ -137,6 +140,49 @@ class Group:
 
 
 @dataclasses.dataclass(frozen=True)
+class Passage:
+  """A text as a source of a role has it. What follows its first `prefix` characters is the part that losses score."""
+
+  id: str
+  text: str
+  prefix: int
+  domain: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceUse:
+  """What was taken from a source: its weight in the role, its rows, how many were left out and why, a sha256 of the
+  rest's content, and of its local files by their paths."""
+
+  source: str
+  weight: float
+  rows: int
+  dropped: Mapping[str, int]
+  fingerprint: str
+  files: Mapping[str, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Role:
+  """The texts that a config gives a role: a tuple, or a sequence that reads each when it is asked for.
+
+  `mixture`: (texts, weight) of each source, one behind the other in `passages`; () where there is one source.
+  """
+
+  passages: Sequence[Passage]
+  mixture: tuple[tuple[int, float], ...]
+  sources: tuple[SourceUse, ...]
+
+  def rows(self, make: Callable[[Passage], T]) -> Sequence[T]:
+    """`make` of each text: now for a tuple, by Grain when it is asked for otherwise."""
+    if isinstance(self.passages, tuple):
+      return tuple(map(make, self.passages))
+    import grain  # takes a second
+
+    return grain.MapDataset.source(self.passages).map(make)
+
+
+@dataclasses.dataclass(frozen=True)
 class Split:
   """What one split of a data set holds."""
 
@@ -145,6 +191,8 @@ class Split:
   groups: tuple[Group, ...] = ()
   pool: tuple[Text, ...] = ()  # what fairness corpora are made of; `overlapping` texts with evaluation are not in it
   overlapping: int = 0
+  roles: Mapping[str, Role] = dataclasses.field(default_factory=dict)  # read in place of a method's own texts
+  dropped: Mapping[str, int] = dataclasses.field(default_factory=dict)  # triples left out of it, by the reason
 
 
 @dataclasses.dataclass(frozen=True)

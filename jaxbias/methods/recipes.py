@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from jaxbias.data.rows import Group, Member, Split, Triple
+from jaxbias.data.rows import Group, Member, Role, Split, Triple
+from jaxbias.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,16 +35,18 @@ class Recipe:
 
   `mismatched`: the prefix of one text with the answer of another, by which KTO estimates how far the model has moved.
   `alone`: what is read instead while a controller trains one bias type alone; None where that is the same texts.
+  Rows are a tuple, or a Grain MapDataset that reads them when they are asked for. `mixtures`: as in `rows.Role`.
   """
 
-  forget: tuple[Row, ...]
-  retain: tuple[Row, ...]
-  general: tuple[Row, ...]
+  forget: Sequence[Row]
+  retain: Sequence[Row]
+  general: Sequence[Row]
   paired: bool
-  mismatched: tuple[Row, ...] = ()
+  mismatched: Sequence[Row] = ()
   alone: Recipe | None = None
+  mixtures: Mapping[str, tuple[tuple[int, float], ...]] = dataclasses.field(default_factory=dict)
 
-  def rows(self, role: str) -> tuple[Row, ...]:
+  def rows(self, role: str) -> Sequence[Row]:
     return getattr(self, role)
 
 
@@ -73,8 +76,36 @@ def unrelated_row(triple: Triple) -> Row:
   return Row(f"{triple.id}/unrelated", triple.unrelated, 0)
 
 
-def general_rows(split: Split) -> tuple[Row, ...]:
+def general_rows(split: Split) -> Sequence[Row]:
+  if "general" in split.roles:
+    return own_rows(split.roles["general"])
   return tuple(Row(text.id, text.text, 0) for text in split.texts)
+
+
+def own_rows(role: Role) -> Sequence[Row]:
+  return role.rows(lambda found: Row(found.id, found.text, found.prefix, found.domain))
+
+
+def with_roles(recipe: Recipe, split: Split, seed: int) -> Recipe:
+  """The recipe with the split's own texts of a role in place of the method's; pairs where they come from one source.
+
+  Raises UserError where groups would lose one of their sides.
+  """
+  if not split.roles:
+    return recipe
+  sides = split.roles.keys() & {"forget", "retain"}
+  if sides and any(row.group >= 0 for row in recipe.retain):
+    raise UserError(f"data.roles.{min(sides)} has no groups, which this method reads; give data.groups instead.")
+  own = {role: own_rows(found) for role, found in split.roles.items()}
+  mixtures = {role: found.mixture for role, found in split.roles.items() if found.mixture}
+  changed = dataclasses.replace(recipe, alone=None, mixtures=mixtures, **own)
+  if not sides:
+    return changed
+  used = [[use.source for use in split.roles[role].sources] for role in sorted(sides)]
+  paired = len(used) == 2 and used[0] == used[1] and not mixtures.keys() & sides
+  in_memory = [rows for rows in (changed.forget, changed.retain) if isinstance(rows, tuple)]
+  other = tuple(row for rows in in_memory for row in mismatched(rows, seed))
+  return dataclasses.replace(changed, paired=paired, mismatched=other)
 
 
 def plain(split: Split, seed: int) -> Recipe:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from jaxbias.data.rows import Split
 from jaxbias.errors import UserError, did_you_mean
-from jaxbias.methods.recipes import Recipe
+from jaxbias.methods.recipes import Recipe, with_roles
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,14 +36,17 @@ def get(name: str) -> Method:
 
 
 def recipe(name: str, settings: Mapping[str, Any]) -> Callable[[Split, int], Recipe]:
-  """A method's recipe with a variant's `texts`. Raises UserError for a setting that the method does not have."""
+  """A method's recipe with a variant's `texts`, and the texts that `data.roles` puts in their place.
+
+  Raises UserError for a setting that the method does not have.
+  """
   made = get(name).recipe
   known = list(inspect.signature(made).parameters)[2:]
   for setting in settings:
     if setting not in known:
       what = did_you_mean(setting, known) if known else "leave `texts` out."
       raise UserError(f"the texts of the method `{name}` have no setting `{setting}`; {what}")
-  return functools.partial(made, **settings)
+  return lambda split, seed: with_roles(made(split, seed, **settings), split, seed)
 
 
 def variant(name: str) -> dict:

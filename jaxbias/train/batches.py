@@ -15,12 +15,13 @@ from jaxbias.data.pipeline import (
   Segment,
   Shape,
   draw,
+  draw_mixture,
+  grown,
   member_segment,
   pack,
   place_in,
   plan,
   text_segment,
-  union,
 )  # fmt: skip
 from jaxbias.data.rows import KINDS
 from jaxbias.data.tokens import Tokenizer, answer_mask
@@ -38,16 +39,18 @@ PLANNED_STEPS = 512  # the common shape is planned on the first steps; a later s
 
 @dataclasses.dataclass(frozen=True)
 class Texts:
-  """The tokenised texts of each role that an objective reads."""
+  """The tokenised texts of each role that an objective reads: tuples, or for large sources Grain's MapDatasets, which
+  read and tokenise a text when it is asked for."""
 
-  rows: Mapping[str, tuple[Row, ...]]
-  segments: Mapping[str, tuple[Segment, ...]]
+  rows: Mapping[str, Sequence[Row]]
+  segments: Mapping[str, Sequence[Segment]]
   paired: bool
   alone: Texts | None = None  # as in a Recipe
+  mixtures: Mapping[str, tuple[tuple[int, float], ...]] = dataclasses.field(default_factory=dict)  # as in a Recipe
 
-  @property
+  @functools.cached_property
   def grouped(self) -> bool:
-    return any(row.group >= 0 for rows in self.rows.values() for row in rows)
+    return any(row.group >= 0 for rows in self.rows.values() if isinstance(rows, tuple) for row in rows)
 
   @functools.cached_property
   def by_group(self) -> list[dict[str, list[int]]]:
@@ -59,8 +62,17 @@ class Texts:
     return [out[number] for number in sorted(out)]
 
   def all_segments(self) -> list[Segment]:
+    """Raises UserError where a role's texts are not in memory."""
+    if large := self.large:
+      raise UserError(f"data.roles.{large[0]} has {len(self.rows[large[0]]):,} texts, too many to ask the start model "
+                      "about all of them; set train.reference to step.")
     mine = [segment for role in self.segments for segment in self.segments[role]]
     return mine + (self.alone.all_segments() if self.alone else [])
+
+  @property
+  def large(self) -> list[str]:
+    """Roles whose texts are read when a step asks for them."""
+    return [role for role, segments in self.segments.items() if not isinstance(segments, tuple)]
 
   def in_phase(self, phase: Phase) -> Texts:
     """The texts of the phase's bias type (or of all), forget and retain exchanged for the types that are swapped.
@@ -69,6 +81,9 @@ class Texts:
     """
     if phase.only and self.alone:
       return self.alone.in_phase(phase)
+    if unable := [*self.large, *self.mixtures]:
+      raise UserError(f"a controller exchanges texts by their bias type, which needs them in memory and of one source; "
+                      f"data.roles.{unable[0]} has too many, or several sources.")
     both = {role: list(zip(self.rows[role], self.segments[role], strict=True)) for role in self.rows}
     if not {"forget", "retain"} <= both.keys():
       raise UserError("a controller exchanges the roles forget and retain; this objective does not read both.")
@@ -88,8 +103,14 @@ class Texts:
     return Texts(sides(0), sides(1), self.paired)
 
 
-def tokenise(recipe: Recipe, objective: Objective, tokenizer: Tokenizer, max_positions: int) -> Texts:
-  """Raises UserError for an empty role, a text past the model's window, an answer of no tokens, or missing pairs."""
+def tokenise(
+  recipe: Recipe, objective: Objective, tokenizer: Tokenizer, max_positions: int, max_tokens: int = 0
+) -> Texts:
+  """Texts of more than `max_tokens` tokens (0: the model's window) are cut, see `cut`.
+
+  Raises UserError for an empty role, a text past the model's window, an answer of no tokens, or missing pairs, and for
+  a large source where `max_tokens` is 0: a text that is too long would only be found by the step that reads it.
+  """
   if "pairs" in objective.needs and not recipe.paired:
     names = " and ".join(f"`{term.loss}`" for term in objective.terms)
     raise UserError(f"{names} need paired texts, which this method's data recipe has not; use one such as dpo's.")
@@ -100,18 +121,32 @@ def tokenise(recipe: Recipe, objective: Objective, tokenizer: Tokenizer, max_pos
   for role, members in rows.items():
     if not members:
       raise UserError(f"the training split has no text for the role `{role}`, which the losses read.")
-  segments = {
-    role: tuple(_segment(row, tokenizer, max_positions, role, objective) for row in members)
-    for role, members in rows.items()
-  }
-  alone = tokenise(recipe.alone, objective, tokenizer, max_positions) if recipe.alone else None
-  return Texts(rows, segments, recipe.paired, alone)
+    if not max_tokens and not isinstance(members, tuple):
+      raise UserError(f"data.roles.{role} has {len(members):,} texts, which are read when a step asks for them; set "
+                      "data.max_tokens to say where a longer one is cut.")
+  segments = {}
+  for role, members in rows.items():
+    segment = functools.partial(_segment, tokenizer, max_positions, max_tokens, role, objective)
+    segments[role] = tuple(map(segment, members)) if isinstance(members, tuple) else members.map(segment)
+  alone = tokenise(recipe.alone, objective, tokenizer, max_positions, max_tokens) if recipe.alone else None
+  return Texts(rows, segments, recipe.paired, alone, recipe.mixtures)
 
 
-def _segment(row: Row, tokenizer: Tokenizer, max_positions: int, role: str, objective: Objective) -> Segment:
+def cut(ids: list[int], start: int, most: int) -> tuple[list[int], int]:
+  """At most `most` of a text's tokens, and where its answer begins among them: of a prompt its last `most` // 2 stay
+  at least, of the answer its beginning."""
+  ahead = max(0, min(start - most // 2, len(ids) - most))
+  return ids[ahead : ahead + most], start - ahead
+
+
+def _segment(
+  tokenizer: Tokenizer, max_positions: int, max_tokens: int, role: str, objective: Objective, row: Row
+) -> Segment:
   if row.group >= 0:
     return _member(row, tokenizer, max_positions, role, objective)
   ids, start = answer_mask(tokenizer, row.text, row.prefix)
+  if max_tokens:
+    ids, start = cut(ids, start, min(max_tokens, max_positions - 1))
   if start >= len(ids):
     raise UserError(f"text {row.id}: no token ends after its first {row.prefix} characters; there is nothing to learn.")
   if len(ids) > max_positions:
@@ -168,8 +203,10 @@ class Sampler:
     out = self._drawn_groups(step) if self.texts.grouped else []
     for role in (role for role in self.texts.rows if not (self.texts.grouped and role in GROUP_ROLES)):
       stream = "retain" if paired and role == "forget" else role
-      count = len(self.texts.rows[stream])
-      chosen = draw(count, self.counts.get(stream, self.counts["retain"]), step, (self.seed, ROLES.index(stream)))
+      per_step, key = self.counts.get(stream, self.counts["retain"]), (self.seed, ROLES.index(stream))
+      parts = self.texts.mixtures.get(stream)
+      chosen = (draw_mixture(parts, per_step, step, key) if parts
+                else draw(len(self.texts.rows[stream]), per_step, step, key))
       out += [(role, int(i)) for i in chosen]
     return out
 
@@ -197,7 +234,7 @@ class Sampler:
     members = self.members(step)
     segments = [self.texts.segments[role][i] for role, i in members]
     places, need = place_in(segments, planned)
-    shape = union([planned, need], self.shards)
+    shape = grown(planned, need, self.shards)
     arrays = pack(segments, places, shape)
     arrays.pop("branch")
     groups = "groups" in self.objective.needs
