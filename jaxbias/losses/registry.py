@@ -7,6 +7,7 @@ roles and options are static (they shape the program); every number is a traced 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -35,6 +36,7 @@ NEEDS = (
 NO_ROLE = ""  # `on` of a loss that reads weights and no text
 SCALES = ("none", "uncertainty", "ema")  # how a term's size is kept in step with the others'; see `_scaled`
 LABELS_OF_ALL = ("denominator", "batch_all")  # the option with which a loss counts the targets of both sides
+DIVISORS = ("temperature", "rho", "beta")  # coefficients that some loss divides by
 EMA_DECAY, EMA_TARGET = 0.9, 0.1
 
 
@@ -163,7 +165,8 @@ def parse(losses: Mapping[str, Mapping]) -> tuple[Objective, dict[str, dict[str,
   """The static objective and its coefficients from a config's `losses`.
 
   A loss that appears twice gets a label behind a colon: {"kl": {...}, "kl:retain": {"on": "retain"}}.
-  Raises UserError for an unknown loss, role, coefficient or option, with the nearest valid name.
+  Raises UserError for an unknown loss, role, coefficient or option, with the nearest valid name, and for a coefficient
+  of which no loss could be computed.
   """
   if not losses:
     raise UserError("`losses` is empty; name at least one, e.g. losses = {'sft': {'on': 'retain'}}.")
@@ -185,6 +188,9 @@ def parse(losses: Mapping[str, Mapping]) -> tuple[Objective, dict[str, dict[str,
         raise UserError(f"losses.{key} has no coefficient `{setting}`; {did_you_mean(setting, known)}")
       if setting in values and (not isinstance(value, int | float) or isinstance(value, bool)):
         raise UserError(f"losses.{key}.{setting} = {value!r}; it has to be a number.")
+      if setting in values and not (math.isfinite(value) and (value > 0 or setting not in DIVISORS)):
+        raise UserError(f"losses.{key}.{setting} = {value!r}; it has to be a finite number"
+                        f"{' above 0' if setting in DIVISORS else ''}.")
       choices = SCALES if setting == "scale" else loss.options.get(setting, (ANY,))
       if value not in choices and ANY not in choices:
         raise UserError(f"losses.{key}.{setting} = `{value}` is not known; {did_you_mean(str(value), choices)}")

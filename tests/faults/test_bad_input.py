@@ -303,6 +303,7 @@ def get_config():
   ("npo", {"losses": {"nppo": {}}}, "there is no loss `nppo`; did you mean `npo`?"),
   ("npo", {"losses": {"npo": {"betta": 1.0}}}, "losses.npo has no coefficient `betta`; did you mean `beta`?"),
   ("npo", {"losses": {"npo": {"beta": "much"}}}, "losses.npo.beta = 'much'; it has to be a number."),
+  ("npo", {"losses": {"npo": {"beta": 0.0}}}, "losses.npo.beta = 0.0; it has to be a finite number above 0."),
   ("npo", {"losses": {"npo": {"on": "forgot"}}}, "losses.npo.on = `forgot` is not a role; did you mean `forget`?"),
   ("npo", {"losses": {}}, "`losses` is empty; name at least one, e.g. losses = {{'sft': {{'on': 'retain'}}}}."),
 ])  # fmt: skip

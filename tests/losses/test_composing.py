@@ -30,6 +30,8 @@ from tests.models import tiny_config
   ({"npo": {"on": "forgot"}}, "losses.npo.on = `forgot` is not a role; did you mean `forget`?"),
   ({"npo": {"betta": 1.0}}, "losses.npo has no coefficient `betta`; did you mean `beta`?"),
   ({"sft": {"wieght": 1.0}}, "losses.sft has no coefficient `wieght`; did you mean `weight`?"),
+  ({"npo": {"weight": float("nan")}}, "losses.npo.weight = nan; it has to be a finite number."),
+  ({"distill": {"temperature": 0.0}}, "losses.distill.temperature = 0.0; it has to be a finite number above 0."),
   ({}, "`losses` is empty"),
 ])  # fmt: skip
 def test_what_a_config_may_not_say(losses, message):
