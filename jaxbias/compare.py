@@ -174,6 +174,9 @@ def prepare(config, workdir: Path, command: str) -> Comparison:
   distributed.from_first(lambda: claim(workdir, plain, command))
   dtype = None if config.dtype == "auto" else config.dtype
   model = language_model.load(config.model, dtype, make_mesh(config.mesh), config.train.remat, config.mesh.rules)
+  inputs = {"model": model.fingerprint, "tokenizer": model.tokenizer.fingerprint, "data": data.fingerprint}
+  inputs |= provenance.files_named(plain)
+  provenance.bind(workdir, inputs, model.mesh.shape, command, computed=_computed(workdir))
 
   def variant(name: str) -> Variant:
     objective, coefficients = parsed[name]
@@ -300,7 +303,7 @@ def summarise(job: Comparison, failures: Mapping[str, str], command: str) -> dic
       watched[variant.name] = {
         str(seed): read_jsonl(job.workdir / f"{variant.name}-seed{seed}" / WATCH_FILE) for seed in job.config.seeds
       }
-  model, provenance_file = job.trainer.model, job.workdir / "provenance.json"
+  model, provenance_file = job.trainer.model, job.workdir / provenance.FILE
   return {
     "schema": 1,
     "title": job.config.title,
@@ -343,24 +346,26 @@ def claim(workdir: Path, plain: Mapping, command: str) -> None:
 
   A folder that an earlier command claimed without computing anything (a typo in the model's name) is claimed anew.
   """
-  path, about = workdir / "config.json", workdir / "provenance.json"
+  path = workdir / "config.json"
   if workdir.exists() and not workdir.is_dir():
     raise UserError(f"{workdir} is a file; choose another --workdir.")
-  there = {p.name for p in workdir.iterdir() if not p.match(".*.tmp")} if workdir.exists() else set()
   keys = configs.differing_keys(plain, _read_config(path)) if path.exists() else []
-  if path.exists() and not keys:
+  if path.exists() and not keys and (workdir / provenance.FILE).exists():
     return
-  if keys and there != {path.name, about.name}:
+  if keys and _computed(workdir):
     more = f"; and {len(keys) - 4} more" if len(keys) > 4 else ""
     raise UserError(f"{workdir} belongs to another config ({'; '.join(keys[:4])}{more}); choose another --workdir.")
-  if not path.exists() and there - {about.name}:
+  if not path.exists() and _computed(workdir):
     raise UserError(f"{workdir} is not empty and holds no config.json of a run; choose another --workdir.")
   workdir.mkdir(parents=True, exist_ok=True)
-  write_json(about, {
-    "command": command, "config_hash": configs.config_hash(plain), "versions": provenance.versions(),
-    "git": provenance.git(), "hardware": provenance.hardware(), "created": provenance.now(),
-  })  # fmt: skip
+  provenance.claim(workdir, plain, command)
   write_json(path, plain)
+
+
+def _computed(workdir: Path) -> bool:
+  """Whether anything is there beside what a claim writes."""
+  ours = ("config.json", provenance.FILE, provenance.DIFF.format("*"), ".*.tmp")
+  return workdir.exists() and any(not any(p.match(name) for name in ours) for p in workdir.iterdir())
 
 
 def _read_config(path: Path) -> dict:
