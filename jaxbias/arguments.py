@@ -33,12 +33,14 @@ def parser() -> argparse.ArgumentParser:
   p = verb("compare", "train and evaluate every variant of a config, and write a report", epilog=CONFIG_HELP)
   p.add_argument("--config", metavar="FILE", required=False, help="a config file, e.g. configs/quickstart.py")
   p.add_argument("--workdir", metavar="DIR", type=Path, required=True, help="where the runs and the report go")
+  p.add_argument("--profile", metavar="FROM:TO", help="keep a trace of these steps in the run's folder, profile/")
   _processes(p)
 
   p = verb("train", "train and evaluate one variant of a config", epilog=CONFIG_HELP)
   p.add_argument("--config", metavar="FILE", required=False, help="a config file, e.g. configs/quickstart.py")
   p.add_argument("--variant", metavar="NAME", help="which of the config's variants; not needed if it has one")
   p.add_argument("--workdir", metavar="DIR", type=Path, required=True, help="where the run goes")
+  p.add_argument("--profile", metavar="FROM:TO", help="keep a trace of these steps in the run's folder, profile/")
   _processes(p)
 
   p = verb("diagnose", "a grid of objectives, remedies and data sizes: what forgetting has to do with "

@@ -108,7 +108,7 @@ def _config(options, rest: Sequence[str]):
 
 
 def _compare(options, rest: Sequence[str]) -> None:
-  _run(_config(options, rest), options.workdir)
+  _run(_config(options, rest), options.workdir, options.profile)
 
 
 def _train(options, rest: Sequence[str]) -> None:
@@ -118,7 +118,7 @@ def _train(options, rest: Sequence[str]) -> None:
     wanted = f"the config has no variant `{name}`" if name else "name one of the config's variants with --variant"
     raise UserError(f"{wanted}; {did_you_mean(name or '', config.variants)}")
   config.compare = (name,)
-  _run(config, options.workdir)
+  _run(config, options.workdir, options.profile)
 
 
 def _diagnose(options, rest: Sequence[str]) -> None:
@@ -151,15 +151,16 @@ def _plan(options, rest: Sequence[str]) -> None:
     plan.check(found, options.device_memory)
 
 
-def _run(config, workdir: Path) -> None:
+def _run(config, workdir: Path, profile: str | None) -> None:
   _start_jax()
   from jaxbias import distributed, preemption
   from jaxbias.compare import compare
   from jaxbias.report.tables import terminal
   from jaxbias.report.write import write
+  from jaxbias.train.profile import window
 
   with preemption.listening():
-    results = compare(config, workdir, _command())
+    results = compare(config, workdir, _command(), window(profile) if profile else None)
   page = distributed.from_first(lambda: str(write(workdir)))
   _print(terminal(results))
   print(f"\nreport: {page}\ntable:  {workdir / 'table.md'}")

@@ -37,11 +37,11 @@ from jaxbias.models.language_model import LanguageModel
 from jaxbias.models.lora import scaled
 from jaxbias.models.sources import cache_folder
 from jaxbias.progress import Tracker
-from jaxbias.train import fisher, reference, trainable, transforms
+from jaxbias.train import fisher, goodput, reference, trainable, transforms
 from jaxbias.train.batches import Sampler, Texts, plan_shape, tokenise
 from jaxbias.train.guide import Control
 from jaxbias.train.loop import Run, Trainer, TrainingFailed, train
-from jaxbias.train.metrics import read_jsonl
+from jaxbias.train.metrics import package, read_jsonl
 from jaxbias.train.watch import FILE as WATCH_FILE
 from jaxbias.train.watch import Watch
 
@@ -141,14 +141,17 @@ class Comparison:
     return float(sum(shape.B * shape.T for *_, shape in planned))
 
 
-def compare(config, workdir: Path, command: str) -> dict:
+def compare(config, workdir: Path, command: str, profile: tuple[int, int] | None = None) -> dict:
   """Run what is missing under `workdir`, write results.json, and return what is in it.
 
+  profile: the first and the last step of each run of which jax.profiler keeps a trace, in the run's folder.
   Raises UserError when the folder belongs to another config, or when the config, the model or the data cannot be used.
   A variant whose training fails gets a row that says why; the others are completed.
   """
   comparison = prepare(config, workdir, command)
-  return run(comparison, command)
+  if profile and profile[1] > config.train.steps:
+    raise UserError(f"--profile ends at step {profile[1]}, the runs at train.steps = {config.train.steps}.")
+  return run(comparison, command, profile)
 
 
 def load_data(chosen) -> DataSet:
@@ -170,13 +173,16 @@ def prepare(config, workdir: Path, command: str) -> Comparison:
   specs = {name: plain["variants"][name] for name in configs.compared(config)}
   parsed = {name: parse(spec["losses"]) for name, spec in specs.items()}
   recipes = {name: methods.recipe(spec["method"], spec.get("texts", {})) for name, spec in specs.items()}
+  if config.log.wandb_project:
+    package()
   data = load_data(config.data)
   distributed.from_first(lambda: claim(workdir, plain, command))
   dtype = None if config.dtype == "auto" else config.dtype
   model = language_model.load(config.model, dtype, make_mesh(config.mesh), config.train.remat, config.mesh.rules)
   inputs = {"model": model.fingerprint, "tokenizer": model.tokenizer.fingerprint, "data": data.fingerprint}
-  inputs |= provenance.files_named(plain)
-  provenance.bind(workdir, inputs, model.mesh.shape, command, computed=_computed(workdir))
+  distributed.from_first(lambda: provenance.bind(
+    workdir, inputs | provenance.files_named(plain), model.mesh.shape, command, computed=_computed(workdir)
+  ))  # fmt: skip
 
   def variant(name: str) -> Variant:
     objective, coefficients = parsed[name]
@@ -199,7 +205,7 @@ def prepare(config, workdir: Path, command: str) -> Comparison:
   return Comparison(config, workdir, data, split, Trainer.of(model, config), variants, encoded, probe)
 
 
-def run(job: Comparison, command: str) -> dict:
+def run(job: Comparison, command: str, profile: tuple[int, int] | None = None) -> dict:
   """Reference, base, then every variant and seed that is not finished yet; then the results."""
   seeds, steps, model = job.config.seeds, job.config.train.steps, job.trainer.model
   shapes, asked = job.shapes(), job.reference_segments()
@@ -230,7 +236,7 @@ def run(job: Comparison, command: str) -> dict:
         held = fisher.normalised(found)
       spec = Run(job.workdir / name, {**job.plain, "variant": variant.name, "seed": seed}, variant.objective,
                  variant.coefficients, job.sampler(variant, seed, ref), shapes[variant.objective], control,
-                 factor, held, watch)  # fmt: skip
+                 factor, held, watch, profile)  # fmt: skip
       spec.folder.mkdir(parents=True, exist_ok=True)
       tracker.phase(f"train {name}", steps, train_cost[variant.objective])
       try:
@@ -239,8 +245,8 @@ def run(job: Comparison, command: str) -> dict:
         failures[variant.name] = str(failure)
         tracker.say(f"jaxbias: {failure}")
         continue
-      records = read_jsonl(spec.folder / "metrics.jsonl")
-      spent = {"seconds": sum(r["seconds"] for r in records), "tokens": sum(r["tokens"] for r in records)}
+      spent = goodput.summary(read_jsonl(spec.folder / "metrics.jsonl"))
+      tracker.say(f"{name}: {goodput.describe(spent)}")
       tracker.phase(f"evaluate {name}", _texts_evaluated(job), evaluation_cost)
       _evaluate(job, name, scaled(job.trainer.adapters(state), factor, model.params), tracker, spent)
   results = summarise(job, failures, command)
@@ -264,7 +270,9 @@ def _texts_evaluated(job: Comparison) -> int:
 
 def _note(record: Mapping) -> str:
   parts = " ".join(f"{name} {value:.2f}" for name, value in record["parts"].items())
-  return f"{record['texts'] / record['seconds']:.1f} texts/s  loss {record['loss']:.2f} ({parts})"
+  rate = f"{record['tokens_per_second']:,.0f} tokens/s  " if "tokens_per_second" in record else ""
+  mfu = f"MFU {100 * record['mfu']:.1f} %  " if "mfu" in record else ""
+  return f"{rate}{mfu}loss {record['loss']:.2f} ({parts})"
 
 
 def _evaluate(job: Comparison, name: str, adapters: Mapping, tracker: Tracker, train_record: Mapping) -> None:
@@ -293,7 +301,7 @@ def summarise(job: Comparison, failures: Mapping[str, str], command: str) -> dic
       rows.append({"name": variant.name, "label": variant.spec["label"], "failed": failures[variant.name], **about})
       continue
     runs = [read(f"{variant.name}-seed{seed}") for seed in job.config.seeds]
-    spent = {key: [r["train"][key] for r in runs] for key in ("seconds", "tokens")}
+    spent = {key: [r["train"][key] for r in runs] for key in ("seconds", "tokens", "goodput")}
     rows.append(row(variant.name, variant.spec["label"], runs, train=spent, **about))
     seconds += sum(spent["seconds"]) + sum(r["seconds"] for r in runs)
     curves[variant.name] = {

@@ -100,6 +100,10 @@ def defaults() -> ConfigDict:
     "mask_share": 0.15,  # of its tokens, masked and scored in a copy
     "mask_seed": 0,
   }
+  c.log = {  # beside metrics.jsonl and TensorBoard
+    "wandb_project": "",  # of Weights & Biases, which has to be installed; empty = none
+    "peak_tflops": 0.0,  # of one device, for MFU; 0 = as the maker says, where the device is known
+  }
   c.seeds = (0,)
   c.variants = {}  # name -> {"method", "label", "losses", "learning_rate_scale"}; see jaxbias.methods.variant
   c.compare = ()  # which variants to run, in the table's order; empty = all, by name
@@ -203,6 +207,8 @@ def validate(config: ConfigDict) -> None:
   for key, value in positive.items():
     if not value > 0:
       raise UserError(f"{key} = {value}; it must be positive.")
+  if config.log.peak_tflops < 0:
+    raise UserError(f"log.peak_tflops = {config.log.peak_tflops}; it must not be negative.")
   if not 0 <= t.warmup_steps <= t.steps:
     raise UserError(f"train.warmup_steps = {t.warmup_steps} is not between 0 and train.steps = {t.steps}.")
   if config.data.max_tokens < 0 or config.data.max_tokens == 1:

@@ -34,6 +34,7 @@ from jaxbias.losses import classification
 from jaxbias.mesh import batch_shards
 from jaxbias.models import language_model
 from jaxbias.progress import Tracker
+from jaxbias.train import goodput
 from jaxbias.train.batches import PLANNED_STEPS
 from jaxbias.train.loop import Run, Trainer, TrainingFailed, train
 from jaxbias.train.metrics import read_jsonl
@@ -264,7 +265,8 @@ def run(job: Job) -> list[str]:
 
 
 def _note(record: Mapping) -> str:
-  return (f"{record['texts'] / record['seconds']:.1f} texts/s  loss {record['loss']:.3f}  "
+  rate = f"{record['tokens_per_second']:,.0f} tokens/s  " if "tokens_per_second" in record else ""
+  return (f"{rate}loss {record['loss']:.3f}  "
           f"accuracy {100 * record['notes'][f'{classification.KEY}/accuracy']:.0f} %")
 
 
@@ -277,8 +279,8 @@ def write(job: Job) -> dict[str, Estimate]:
   estimates, benchmark = downstream.reduce(label_E, predicted_ME, job.majority), downstream.benchmark(data.task)
 
   def of_seed(seed: int, accuracy: float) -> dict:
-    records = read_jsonl(done[seed] / "metrics.jsonl")
-    spent = {f"training_{name}": sum(record[name] for record in records) for name in ("seconds", "tokens")}
+    found = goodput.summary(read_jsonl(done[seed] / "metrics.jsonl"))
+    spent = {f"training_{name}": found[name] for name in ("seconds", "tokens", "goodput")}
     return {"folder": done[seed].name, "accuracy": accuracy, "evaluation_seconds": said[seed]["seconds"], **spent}
 
   write_json(job.workdir / RESULT, {

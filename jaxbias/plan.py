@@ -31,12 +31,12 @@ from jaxbias.hlo import collective_bytes
 from jaxbias.losses.registry import Objective, parse
 from jaxbias.mesh import batch_sharding, batch_shards, make_mesh, replicated
 from jaxbias.models.checkpoints import read_config
-from jaxbias.models.config import ModelConfig
 from jaxbias.models.families import model_config
 from jaxbias.models.language_model import LanguageModel, layout_for
 from jaxbias.models.sources import resolve
 from jaxbias.models.transformer import Transformer, abstract_variables
 from jaxbias.train import transforms
+from jaxbias.train.flops import step_flops
 from jaxbias.train.loop import Trainer
 from jaxbias.types import Batch, TrainState
 
@@ -228,22 +228,6 @@ def _like(leaf, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
 def device_bytes(tree) -> int:
   """Bytes of one device's shards."""
   return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
-
-
-def step_flops(c: ModelConfig, rows: Batch, adapters, objective: Objective, remat: bool) -> float:
-  """Forward, and backward to inputs and adapters: frozen weights have no gradients of their own.
-
-  Attention scores count in full (T x T, masked or not). The head costs two products at a scored position and three
-  where distributions are compared (losses/logprobs.py).
-  """
-  tokens, T = rows.tokens.size, rows.tokens.shape[1]
-  weights = c.flops_per_token - c.head_flops
-  scores = 4 * c.num_layers * c.num_heads * c.head_dim * T
-  forward = weights + scores
-  trunk = forward + weights + 2 * scores + (forward if remat else 0)
-  per_token = 6 * sum(leaf.size for leaf in jax.tree.leaves(adapters)) * (c.num_layers // c.groups)
-  head = 2 * rows.target.size + (3 * rows.kl_at.size if objective.kl_roles else 0)
-  return float(tokens * (trunk + per_token) + head * c.head_flops)
 
 
 def write(path: Path, found: Plan) -> None:

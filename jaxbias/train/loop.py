@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 import optax
+from jax.sharding import NamedSharding
 
 from jaxbias import preemption
 from jaxbias.data.pipeline import Shape
@@ -26,9 +27,13 @@ from jaxbias.models.transformer import abstract_variables
 from jaxbias.train import trainable
 from jaxbias.train.batches import Sampler
 from jaxbias.train.checkpoint import Checkpoints
+from jaxbias.train.flops import needed_flops, peak_flops
+from jaxbias.train.goodput import Stopwatch
 from jaxbias.train.guide import Control, Guide
 from jaxbias.train.metrics import MetricsWriter
 from jaxbias.train.optim import make_optimizer
+from jaxbias.train.prefetch import Prefetch
+from jaxbias.train.profile import Profile
 from jaxbias.train.step import make_train_step
 from jaxbias.train.watch import Watch, Watcher
 from jaxbias.types import TrainState
@@ -54,6 +59,7 @@ class Run:
   adapter_scale: float = 1.0  # of the model that is looked at, as of the one that is reported
   fisher: Mapping[str, jax.Array] = dataclasses.field(default_factory=dict)  # for `ewc`, by the path of a weight
   watch: Watch | None = None
+  profile: tuple[int, int] | None = None  # first and last step of which a trace is kept
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +68,7 @@ class Trainer:
 
   model: LanguageModel
   train: Any  # the config's `train` section
+  log: Any  # and its `log` section
   lora: LoraConfig
   tx: optax.GradientTransformation
   steps: dict[tuple, Callable] = dataclasses.field(default_factory=dict)
@@ -74,7 +81,7 @@ class Trainer:
     target_kernels(model.params, lora)  # refuses targets that the model has not
     trainable.chosen_leaves(model.params, tuple(config.train.base))  # and leaves
     lora_scale(lora, model.config.num_layers)  # refuses layers that it has not
-    return cls(model, config.train, lora, make_optimizer(config.train))
+    return cls(model, config.train, config.log, lora, make_optimizer(config.train))
 
   def step_for(self, objective: Objective, tx: optax.GradientTransformation | None = None) -> Callable:
     """The compiled step; tx: another optimizer than the run's, for a phase with a schedule of its own."""
@@ -158,35 +165,41 @@ def train(trainer: Trainer, run: Run, on_step: Callable[[dict], None] = lambda r
   Raises TrainingFailed with the step, the loss part and the texts when a loss is not finite, and Preempted, after a
   save, at the first step boundary at which `preemption.due` says so.
   """
-  checkpoints = Checkpoints(run.folder / "checkpoints")
-  fresh = trainer.initial_state(run.sampler.seed, run.objective)
-  state = checkpoints.restore(fresh) or fresh
-  guide = Guide.of(trainer, run, fresh, checkpoints.about()) if run.control else None
-  sampler = guide.sampler if guide else run.sampler
-  done = int(state.step)
-  watcher = Watcher(trainer, run, run.watch, done) if run.watch else None
-  writer = MetricsWriter(run.folder, after_step=done) if first() else None
-  frozen = {"params": trainer.model.params, "lora_scale": trainer.scale, "fisher": dict(run.fisher)}
-  sharding = batch_sharding(trainer.model.mesh)
-  whole = replicated(trainer.model.mesh)
-  coefficients = to_devices(jax.tree.map(np.float32, run.coefficients), whole)
-  coefficients |= jax.jit(_keys, out_shardings=whole)(run.sampler.seed)
-  step_function = trainer.step_for(run.objective)
-  clock = time.perf_counter()
+  clock, mesh = Stopwatch(), trainer.model.mesh
+  with clock.on("start"):
+    checkpoints = Checkpoints(run.folder / "checkpoints")
+    fresh = trainer.initial_state(run.sampler.seed, run.objective)
+    state = checkpoints.restore(fresh) or fresh
+    guide = Guide.of(trainer, run, fresh, checkpoints.about()) if run.control else None
+    sampler = guide.sampler if guide else run.sampler
+    done = int(state.step)
+    watcher = Watcher(trainer, run, run.watch, done) if run.watch else None
+    writer = MetricsWriter(run.folder, done, trainer.log.wandb_project, run.config) if first() else None
+    frozen = {"params": trainer.model.params, "lora_scale": trainer.scale, "fisher": dict(run.fisher)}
+    whole = replicated(mesh)
+    coefficients = to_devices(jax.tree.map(np.float32, run.coefficients), whole)
+    coefficients |= jax.jit(_keys, out_shardings=whole)(run.sampler.seed)
+    step_function = trainer.step_for(run.objective)
+  ahead = Prefetch(functools.partial(_batch, run.shape, batch_sharding(mesh)), trainer.train.steps)
+  profile, compiled = Profile(run.folder / "profile", run.profile if first() else None), set()
+  peak, trained = peak_flops(mesh.devices.flat, trainer.log.peak_tflops), trainer.abstract(run.objective)
 
   def report(step: int, metrics, ids: list[str], batch) -> None:
-    nonlocal clock
     logprob_BS = metrics.pop("logprob")  # the only one that lies across processes
     metrics = jax.device_get(metrics)
     if not metrics["finite"]:
       raise TrainingFailed(_failure(run, step, metrics, on_host([logprob_BS])[0], ids, batch, checkpoints.newest))
-    now = time.perf_counter()
+    seconds, spent = clock.lap()
     record = {
       "step": step, "loss": float(metrics["loss"]), "parts": {k: float(v) for k, v in metrics["parts"].items()},
-      "gradient_norm": float(metrics["gradient_norm"]), "seconds": now - clock,
+      "gradient_norm": float(metrics["gradient_norm"]), "seconds": seconds, "spent": spent,
       "tokens": int((batch.segment > 0).sum()),
     }  # fmt: skip
-    clock = now
+    if "compile" not in spent:  # where a program is compiled it may run as well
+      record["tokens_per_second"] = record["tokens"] / seconds
+      if peak:
+        needed = needed_flops(trainer.model.config, batch, trained, run.objective)
+        record["mfu"] = needed / seconds / peak
     if metrics["notes"]:
       record["notes"] = {k: float(v) for k, v in metrics["notes"].items()}
     if writer:
@@ -204,11 +217,16 @@ def train(trainer: Trainer, run: Run, on_step: Callable[[dict], None] = lambda r
         if late:
           report(*late)
           late = None
-        watcher.look(state, sampler, frozen, coefficients)
-        clock = time.perf_counter()
-      batch, ids = sampler.batch(step, run.shape)
-      with jax.transfer_guard("disallow"):
-        state, metrics = step_function(state, frozen, to_devices(batch, sharding), coefficients)
+        with clock.on("look"):
+          watcher.look(state, sampler, frozen, coefficients)
+      with clock.on("data"):
+        batch, ids, on_devices = ahead.take(sampler, step)
+      profile.before(step + 1, state)
+      program = step_function, batch.tokens.shape, batch.target.shape
+      with clock.on("compile") if program not in compiled else nullcontext(), jax.transfer_guard("disallow"):
+        state, metrics = step_function(state, frozen, on_devices, coefficients)
+      compiled.add(program)
+      profile.after(step + 1, state)
       if late:
         report(*late)
       late = (step + 1, metrics, ids, batch)
@@ -218,18 +236,29 @@ def train(trainer: Trainer, run: Run, on_step: Callable[[dict], None] = lambda r
         report(*late)
         late = None
         if look or (guide and last):
-          state = guide.look(state)
-          sampler, clock = guide.sampler, time.perf_counter()
-        checkpoints.save(state, run.config, **(guide.about() if guide else {}))
+          with clock.on("look"):
+            state = guide.look(state)
+          sampler = guide.sampler
+        with clock.on("checkpoint"):
+          checkpoints.save(state, run.config, **(guide.about() if guide else {}))
         if stop:
           raise Preempted(f"{run.folder.name} is saved at step {step + 1}")
     if watcher:
       watcher.look(state, sampler, frozen, coefficients)
     return guide.best_state(state) if guide else state
   finally:
+    profile.close()
+    ahead.close()
     if writer:
       writer.close()
     checkpoints.close()
+
+
+def _batch(shape: Shape, sharding: NamedSharding, sampler: Sampler, step: int):
+  """What a step reads: the batch in numpy, the ids of its texts, and the batch on the devices."""
+  batch, ids = sampler.batch(step, shape)
+  with jax.transfer_guard("disallow"):  # a guard is of one thread
+    return batch, ids, to_devices(batch, sharding)
 
 
 def _keys(seed: int) -> dict[str, jax.Array]:

@@ -133,7 +133,7 @@ def lines(path: Path) -> list[dict]:
   return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-TIMES = ("seconds", "wall_seconds", "created", "command", "git")
+TIMES = ("seconds", "wall_seconds", "created", "command", "git", "spent", "tokens_per_second", "mfu", "goodput")
 
 
 def untimed(value):
