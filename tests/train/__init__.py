@@ -133,7 +133,8 @@ def lines(path: Path) -> list[dict]:
   return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-TIMES = ("seconds", "wall_seconds", "created", "command", "git", "spent", "tokens_per_second", "mfu", "goodput")
+TIMES = ("seconds", "wall_seconds", "created", "command", "git", "spent", "tokens_per_second", "mfu", "goodput",
+         "continued")  # fmt: skip
 
 
 def untimed(value):
