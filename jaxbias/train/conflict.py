@@ -20,6 +20,7 @@ from jaxbias.distributed import on_host
 from jaxbias.losses.registry import Objective
 from jaxbias.models.transformer import Transformer
 from jaxbias.train.step import loss
+from jaxbias.train.transforms import of_chosen_layers
 from jaxbias.types import Batch, TrainState
 
 ROUNDING = 1e-5  # of a gradient's size: float32, and sums in another order
@@ -27,7 +28,7 @@ ROUNDING = 1e-5  # of a gradient's size: float32, and sums in another order
 
 @functools.lru_cache(maxsize=16)
 def program(module: Transformer, objective: Objective) -> Callable:
-  """Jitted (state, frozen, batch, coefficients of the losses) -> the terms' gradients, every leaf [K, ...].
+  """Jitted (state, frozen, batch, coefficients as the train step's) -> the terms' gradients, every leaf [K, ...].
 
   Weights are traced, and the objective is linear in them: each term is the objective with the other weights 0. One
   forward pass serves all, K backward passes follow it.
@@ -43,8 +44,10 @@ def program(module: Transformer, objective: Objective) -> Callable:
   def gradients(state: TrainState, frozen: Mapping, batch: Batch, coefficients: Mapping):
     one_hot_KK = jnp.eye(len(objective.terms))
     of = jax.vmap(jax.grad(alone), in_axes=(None, 0, None, None, None, None))
-    found = of(state.params, one_hot_KK, state, frozen, batch, coefficients)
-    return {name: leaves for name, leaves in found.items() if name != "losses"}
+    found = of(state.params, one_hot_KK, state, frozen, batch, coefficients["losses"])
+    found = {name: leaves for name, leaves in found.items() if name != "losses"}
+    chosen = coefficients.get("remedy", {}).get("layers")  # of the others nothing trains
+    return found if chosen is None else jax.vmap(of_chosen_layers, in_axes=(0, None))(found, chosen)
 
   return gradients
 

@@ -73,7 +73,7 @@ class Watcher:
     keys = [term.key for term in self.run.objective.terms]
     sharding = batch_sharding(model.mesh)
     batches = [to_devices(sampler.batch(i, self.run.shape)[0], sharding) for i in range(self.watch.batches)]
-    products_KK = conflict.measure(model.module, self.run.objective, state, frozen, batches, coefficients["losses"])
+    products_KK = conflict.measure(model.module, self.run.objective, state, frozen, batches, coefficients)
     [square] = on_host([_square(state.params, frozen)])
     record = {
       "step": int(state.step), "distance": abs(factor) * float(np.sqrt(square)),

@@ -238,8 +238,11 @@ def test_gradients_of_the_terms_are_those_of_each_term_alone(job, run):
     return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(jax.grad(of, has_aux=True)(state.params)[0])])
 
   gradients = np.array([np.mean([flat(key, batch) for batch in batches], axis=0) for key in keys], np.float64)
-  found = conflict.measure(job.trainer.model.module, run.objective, state, frozen, batches, coefficients)
+  found = conflict.measure(job.trainer.model.module, run.objective, state, frozen, batches, {"losses": coefficients})
   assert_allclose(found, gradients @ gradients.T, rtol=1e-3, atol=1e-6)
+  none_trains = {"losses": coefficients, "remedy": {"layers": jnp.zeros(job.trainer.model.config.num_layers)}}
+  nothing = conflict.measure(job.trainer.model.module, run.objective, state, frozen, batches, none_trains)
+  assert_array_equal(nothing, 0)  # adapters are in layers alone
   said = conflict.describe(keys, found)
   norms = np.linalg.norm(gradients, axis=1)
   assert set(keys) == {"kl", "npo", "sft"}
