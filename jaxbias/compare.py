@@ -154,8 +154,8 @@ def compare(config, workdir: Path, command: str, profile: tuple[int, int] | None
   return run(comparison, command, profile)
 
 
-def load_data(chosen) -> DataSet:
-  """What a config's `data` section names."""
+def load_data(chosen, watched: str = "") -> DataSet:
+  """What a config's `data` section names. watched: the file of `watch.general`, whose texts no corpus is made of."""
   data = sources.load(chosen.source, chosen.split_file or None, tuple(chosen.tasks))
   if chosen.domains:
     data = sources.of_domains(data, tuple(chosen.domains))
@@ -163,7 +163,8 @@ def load_data(chosen) -> DataSet:
     data = dataclasses.replace(data, train=dataclasses.replace(data.train, groups=read_groups(chosen.groups)))
   if any(chosen.roles.values()):
     data = with_roles(data, chosen.roles.to_dict())
-  return with_pool(data, read_texts(chosen.corpus)) if chosen.corpus else data
+  general = probes.read_general(watched).texts if watched else ()
+  return with_pool(data, read_texts(chosen.corpus), general) if chosen.corpus else data
 
 
 def prepare(config, workdir: Path, command: str) -> Comparison:
@@ -175,7 +176,7 @@ def prepare(config, workdir: Path, command: str) -> Comparison:
   recipes = {name: methods.recipe(spec["method"], spec.get("texts", {})) for name, spec in specs.items()}
   if config.log.wandb_project:
     package()
-  data = load_data(config.data)
+  data = load_data(config.data, config.watch.general)
   distributed.from_first(lambda: claim(workdir, plain, command))
   dtype = None if config.dtype == "auto" else config.dtype
   model = language_model.load(config.model, dtype, make_mesh(config.mesh), config.train.remat, config.mesh.rules)

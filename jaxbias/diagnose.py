@@ -182,7 +182,7 @@ def benchmark(model, benchmark: str, data: str, metric: str, group: str = "overa
 
 def cards(config: ConfigDict) -> Iterator[dict]:
   """What every corpus of the grid is made of."""
-  train = comparison.load_data(config.data).train
+  train = comparison.load_data(config.data, config.watch.general).train
   pool = Pool(train.pool, train.overlapping)
   for objective in config.diagnose.objectives:
     for n in config.diagnose.sizes:

@@ -146,6 +146,9 @@ def test_the_planted_pool_holds_what_its_config_asks_for(tmp_path):
   train = comparison.load_data(c.data).train
   for corpus in c.diagnose.objectives:
     assert cda.recipe(train, 0, corpus, max(c.diagnose.sizes)).retain
+  watched = tmp_path / "watched.jsonl"  # of the pool's own texts: nothing that is watched is trained on
+  watched.write_text("".join((tmp_path / "pool.jsonl").read_text().splitlines(keepends=True)[:5]))
+  assert comparison.load_data(c.data, str(watched)).train.overlapping > train.overlapping
 
 
 # The report, on tables whose answer is known.

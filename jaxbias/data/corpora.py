@@ -155,7 +155,9 @@ def evaluated(split: Split) -> Iterator[str]:
   yield from (text.text for text in split.texts)
 
 
-def with_pool(data: DataSet, texts: Sequence[Text]) -> DataSet:
-  """The data set whose train split has `texts` to make corpora of, without those that the other splits evaluate."""
-  pool = disjoint(texts, [*evaluated(data.validation), *evaluated(data.test)])
+def with_pool(data: DataSet, texts: Sequence[Text], watched: Sequence[Text] = ()) -> DataSet:
+  """The data set whose train split has `texts` to make corpora of, without those that the other splits evaluate, or
+  that are watched."""
+  read = (text.text for text in watched)
+  pool = disjoint(texts, [*evaluated(data.validation), *evaluated(data.test), *read])
   return dataclasses.replace(data, train=dataclasses.replace(data.train, pool=pool.texts, overlapping=pool.overlapping))
