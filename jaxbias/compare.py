@@ -2,13 +2,14 @@
 
 Everything finished is on disk under the work folder, so the same command goes on where it was stopped:
 
-  workdir/config.json  provenance.json  results.json  table.md  report.html  figures/
+  workdir/config.json  provenance.json  data_card.json  data_card.md  results.json  table.md  report.html  figures/
   workdir/base/evaluation.json
   workdir/<variant>-seed<n>/{metrics.jsonl, tensorboard/, checkpoints/, evaluation.json}
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import json
 import time
@@ -17,8 +18,9 @@ from pathlib import Path
 
 from jaxbias import config as configs
 from jaxbias import distributed, methods, preemption, provenance
-from jaxbias.data import sources
+from jaxbias.data import card, sources
 from jaxbias.data.corpora import read_texts, with_pool
+from jaxbias.data.fields import noted
 from jaxbias.data.groups import read_groups
 from jaxbias.data.pipeline import Segment, Shape, packed_batches
 from jaxbias.data.roles import with_roles
@@ -28,7 +30,7 @@ from jaxbias.errors import UserError
 from jaxbias.evals import probe as probes
 from jaxbias.evals import stereoset, tradeoff
 from jaxbias.evals.scoring import Encoded, encode, score
-from jaxbias.files import write_json
+from jaxbias.files import replace, write_json
 from jaxbias.losses.registry import Objective, parse
 from jaxbias.mesh import batch_shards, make_mesh
 from jaxbias.methods.controllers import Published, Signed
@@ -156,15 +158,19 @@ def compare(config, workdir: Path, command: str, profile: tuple[int, int] | None
 
 def load_data(chosen, watched: str = "") -> DataSet:
   """What a config's `data` section names. watched: the file of `watch.general`, whose texts no corpus is made of."""
-  data = sources.load(chosen.source, chosen.split_file or None, tuple(chosen.tasks))
-  if chosen.domains:
-    data = sources.of_domains(data, tuple(chosen.domains))
-  if chosen.groups:
-    data = dataclasses.replace(data, train=dataclasses.replace(data.train, groups=read_groups(chosen.groups)))
-  if any(chosen.roles.values()):
-    data = with_roles(data, chosen.roles.to_dict())
-  general = probes.read_general(watched).texts if watched else ()
-  return with_pool(data, read_texts(chosen.corpus), general) if chosen.corpus else data
+  with noted() as reading:
+    data = sources.load(chosen.source, chosen.split_file or None, tuple(chosen.tasks))
+    if chosen.domains:
+      data = sources.of_domains(data, tuple(chosen.domains))
+    if chosen.groups:
+      data = dataclasses.replace(data, train=dataclasses.replace(data.train, groups=read_groups(chosen.groups)))
+    if any(chosen.roles.values()):
+      data = with_roles(data, chosen.roles.to_dict())
+    if chosen.corpus:
+      general = probes.read_general(watched).texts if watched else ()
+      data = with_pool(data, read_texts(chosen.corpus), general)
+  own = [use.files for role in data.train.roles.values() for use in role.sources]
+  return dataclasses.replace(data, files=dict(collections.ChainMap(reading.files, *own)))
 
 
 def prepare(config, workdir: Path, command: str) -> Comparison:
@@ -220,6 +226,7 @@ def run(job: Comparison, command: str, profile: tuple[int, int] | None = None) -
   held_cost = {name: TRAINED_TOKEN * job.read_cost(segments) for name, segments in held_by.items()}
   cost = job.read_cost(asked) + sum(train_cost[v.objective] + evaluation_cost for v, _ in todo) + evaluation_cost
   cost += sum(held_cost[v.name] for v, _ in todo)
+  distributed.from_first(lambda: _write_card(job))
   failures = {}
   with Tracker("comparison", cost, quiet=not distributed.first(), check=preemption.check) as tracker:
     tracker.phase("reference: what the start model says", len(asked), job.read_cost(asked))
@@ -318,7 +325,8 @@ def summarise(job: Comparison, failures: Mapping[str, str], command: str) -> dic
     "title": job.config.title,
     "model": {"source": job.config.model, "fingerprint": model.fingerprint, "parameters": model.num_parameters,
               "trainable": job.trainer.num_trainable},
-    "data": {"name": job.data.name, "fingerprint": job.data.fingerprint, "counts": _counts(job.data)},
+    "data": {"name": job.data.name, "fingerprint": job.data.fingerprint, "counts": _counts(job.data),
+             "card": json.loads((job.workdir / "data_card.json").read_text(encoding="utf-8"))},
     **json.loads(provenance_file.read_text(encoding="utf-8")),
     "command": command,
     "seeds": list(job.config.seeds),
@@ -332,6 +340,14 @@ def summarise(job: Comparison, failures: Mapping[str, str], command: str) -> dic
     "curves": curves,
     **({"watch": watched} if watched else {}),
   }  # fmt: skip
+
+
+def _write_card(job: Comparison) -> None:
+  """data_card.json and data_card.md: of each variant the texts of the first seed."""
+  read = {variant.name: variant.texts[job.config.seeds[0]].rows for variant in job.variants}
+  made = card.make(job.data, job.config.eval.split, read, job.trainer.model.tokenizer, job.config.data.max_tokens)
+  write_json(job.workdir / "data_card.json", made)
+  replace(job.workdir / "data_card.md", card.markdown(made).encode())
 
 
 def _probe(config, model: LanguageModel, data: DataSet) -> probes.Probe:

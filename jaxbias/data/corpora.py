@@ -134,15 +134,19 @@ def disjoint(pool: Iterable[Text], evaluation: Iterable[str], swapper: Swapper |
   A text's swapped twin counts as well, whatever the corpus, so that all corpora have one pool.
   """
   swapper = swapper or Swapper()
+  overlaps, pool = overlaps_with(evaluation), list(pool)
+  kept = tuple(text for text in pool if not overlaps(text.text) and not overlaps(swapper(text.text)))
+  return Pool(kept, len(pool) - len(kept))
+
+
+def overlaps_with(evaluation: Iterable[str]) -> Callable[[str], bool]:
+  """Whether a text shares 13 words in a row with one of `evaluation`, or all words of one that has fewer."""
   grams: dict[int, set[tuple[str, ...]]] = collections.defaultdict(set)
   for words in map(words_of, evaluation):
     if words:
       grams[min(len(words), GRAM)].update(_grams(words, min(len(words), GRAM)))
-  overlaps: Callable[[str], bool] = lambda text: any(
+  return lambda text: any(
     gram in known for words in [words_of(text)] for size, known in grams.items() for gram in _grams(words, size))
-  pool = list(pool)
-  kept = tuple(text for text in pool if not overlaps(text.text) and not overlaps(swapper(text.text)))
-  return Pool(kept, len(pool) - len(kept))
 
 
 def _grams(words: Sequence[str], size: int) -> Iterator[tuple[str, ...]]:

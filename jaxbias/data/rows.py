@@ -197,10 +197,12 @@ class Split:
 
 @dataclasses.dataclass(frozen=True)
 class DataSet:
-  """Train, validation and test; no target term is in two of them. `fingerprint` is a sha256 of the content."""
+  """Train, validation and test; no target term is in two of them. `fingerprint` is a sha256 of the content, `files` are
+  those that were read, with theirs."""
 
   name: str
   train: Split
   validation: Split
   test: Split
   fingerprint: str
+  files: Mapping[str, str] = dataclasses.field(default_factory=dict)

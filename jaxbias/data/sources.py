@@ -69,16 +69,18 @@ def load(
   terms = read_split(split_file) if split_file else hash_split(triples)
   parts = _partition_triples(triples, terms, where=split_file or path)
   usable = tuple(filter(usable_for_training, parts["train"]))
-  if len(usable) < len(parts["train"]):
+  if refused := len(parts["train"]) - len(usable):
     logging.getLogger(__name__).warning(
       "%s: %d of %d train triples are left out, their blank is doubled or has no space before it.",
-      path.name, len(parts["train"]) - len(usable), len(parts["train"]))
+      path.name, refused, len(parts["train"]))
   train = usable if TASKS[0] in tasks else ()
   if TASKS[1] in tasks:
     continuations = map(whole, stereoset_continuations(path))
     train += _partition_triples(tuple(continuations), terms, where=split_file or path)["train"]
   general = load("builtin")
-  return _data_set(path.name, parts | {"train": train}, {name: getattr(general, name).texts for name in SPLITS})
+  data = _data_set(path.name, parts | {"train": train}, {name: getattr(general, name).texts for name in SPLITS})
+  dropped = {"doubled or glued blank": refused} if refused else {}
+  return dataclasses.replace(data, train=dataclasses.replace(data.train, dropped=dropped))
 
 
 def of_domains(data: DataSet, domains: Sequence[str]) -> DataSet:
@@ -91,7 +93,8 @@ def of_domains(data: DataSet, domains: Sequence[str]) -> DataSet:
   kept = {name: tuple(t for t in getattr(data, name).triples if t.domain in domains) for name in SPLITS}
   if empty := next((name for name, triples in kept.items() if not triples), ""):
     raise UserError(f"data.domains: the {empty} split has no triple about {' or '.join(domains)}.")
-  return _data_set(data.name, kept, {name: getattr(data, name).texts for name in SPLITS})
+  found = _data_set(data.name, kept, {name: getattr(data, name).texts for name in SPLITS})
+  return dataclasses.replace(found, train=dataclasses.replace(found.train, dropped=data.train.dropped))
 
 
 def read_folder(folder: Traversable, name: str) -> DataSet:

@@ -153,7 +153,11 @@ class Source:
     return len(self._records)
 
   def __getitem__(self, i: int) -> Mapping[str, Any]:
-    return hub.plain(self._records[int(i)], self._features)
+    try:
+      record = self._records[int(i)]
+    except Exception as error:  # the reader's own, for a damaged file
+      raise UserError(f"{self.where(i)} cannot be read ({type(error).__name__}: {error}).") from None
+    return hub.plain(record, self._features)
 
   def __iter__(self):
     return (self[i] for i in range(len(self)))

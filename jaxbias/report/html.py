@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from html import escape
 
+from jaxbias.data import card
 from jaxbias.report import figures as pictures
 from jaxbias.report import results as read
 from jaxbias.report import watch_figures
@@ -53,6 +54,7 @@ def html(results: Mapping, svgs: Mapping[str, str | None] | None = None) -> str:
     _picture("validation", svgs),
     *(_picture(name, svgs) for name in watch_figures.SECTIONS),
     _objectives(results),
+    _data(results),
     _how_to_read(results),
     _provenance(results),
     NOTE,
@@ -164,6 +166,17 @@ def _objectives(results: Mapping) -> str:
     '<th scope="col">tokens<small>each seed</small></th></tr></thead>'
     f"<tbody>{''.join(lines)}</tbody></table></div>"
   )
+
+
+def _data(results: Mapping) -> str:
+  """The card of what was read; nothing for results that were written without one."""
+  if not (found := results["data"].get("card")):
+    return ""
+  row = lambda cells, tag: "<tr>" + "".join(f'<{tag} class="left">{escape(cell)}</{tag}>' for cell in cells) + "</tr>"
+  parts = [f'<p>{escape(title)}</p><div class="wide"><table><thead>{row(head, "th")}</thead>'
+           f'<tbody>{"".join(row(cells, "td") for cells in rows)}</tbody></table></div>'
+           for title, head, rows in card.tables(found)]  # fmt: skip
+  return f"<h2>Data</h2>{''.join(parts)}<p>{escape(card.notes(found))}</p>"
 
 
 def _each(seeds: object) -> list:

@@ -37,6 +37,7 @@ def results(workdir):
 def test_everything_promised_is_written(workdir):
   there = {p.name for p in workdir.iterdir()}
   files = {"config.json", "provenance.json", "results.json", "table.md", "report.html"}
+  files |= {"data_card.json", "data_card.md"}
   assert there - {"provenance.diff"} == {*files, "figures", "base", *RUNS}  # of a tree with uncommitted changes
   assert {p.name for p in (workdir / "base").iterdir()} == {"evaluation.json"}
   for name in RUNS:
