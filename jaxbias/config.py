@@ -21,6 +21,7 @@ from ml_collections.config_flags import config_flags
 from jaxbias.errors import UserError, did_you_mean
 
 MESH_AXES = ("data", "fsdp", "tensor")
+CHANGEABLE = ("mesh.", "train.keep_checkpoints")  # begins of keys on which a run's numbers do not depend
 MESH_PRESETS = ("data", "fsdp", "fsdp_tensor")
 SHARDING_RULES = {  # logical axis of a parameter -> the mesh axis that cuts it, "" = none
   "layers": "", "embed": "fsdp", "vocab": "tensor", "heads": "tensor", "kv_heads": "tensor", "mlp": "tensor",
@@ -69,6 +70,8 @@ def defaults() -> ConfigDict:
     "weight_decay": 0.0,
     "clip_norm": 1.0,
     "checkpoint_every": 10,
+    "keep_checkpoints": 2,  # the newest so many of a run stay, and the controller's best
+    "checkpoints": "",  # where they go, such as gs://bucket/mine; empty = into the run's folder
     "base": (),  # parameters of the base that train beside the adapters: "embedding", "layers/mlp/*", "*"
     "reference": "cache",  # what the start model says: computed once and kept on disk, or anew in every "step"
     "remat": False,  # recompute activations in the backward pass: less memory, a third more arithmetic
@@ -193,16 +196,18 @@ def config_hash(config: Mapping) -> str:
 
 
 def differing_keys(ours: Mapping, theirs: Mapping) -> list[str]:
-  """Dotted keys at which two plain configs differ, with both values."""
+  """Dotted keys at which two plain configs differ, with both values; those that a run may go on with do not count."""
   a, b = _flat(ours), _flat(theirs)
   show = lambda side, key: repr(side[key]) if key in side else "(absent)"
-  return [f"{k}: {show(b, k)} there, {show(a, k)} here" for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
+  keys = (key for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key) and not key.startswith(CHANGEABLE))
+  return [f"{key}: {show(b, key)} there, {show(a, key)} here" for key in keys]
 
 
 def validate(config: ConfigDict) -> None:
   """Raises UserError for the first value that no run could use."""
   t = config.train
-  positive = {f"train.{key}": t[key] for key in ("steps", "learning_rate", "clip_norm", "checkpoint_every")}
+  counts = ("steps", "learning_rate", "clip_norm", "checkpoint_every", "keep_checkpoints")
+  positive = {f"train.{key}": t[key] for key in counts}
   positive |= {"eval.bootstrap_draws": config.eval.bootstrap_draws, "control.processes": config.control.processes}
   for key, value in positive.items():
     if not value > 0:

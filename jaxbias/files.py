@@ -28,6 +28,17 @@ def write_json(path: Path, value: object) -> None:
   replace(path, json.dumps(value, indent=1).encode())
 
 
+def checkpoint_folder(run: Path) -> Path | None:
+  """Where the checkpoints of the run in the folder `run` are: in its folder `checkpoints`, or where a file of that name
+  says, which may be an address in the cloud; None for a folder that is no run's."""
+  place = run / "checkpoints"
+  if place.is_file():
+    from etils import epath
+
+    return epath.Path(place.read_text(encoding="utf-8").strip())
+  return place.absolute() if place.is_dir() else None
+
+
 def check_new(folder: Path) -> None:
   """Raises UserError unless `folder` is absent or empty."""
   if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):

@@ -144,17 +144,17 @@ def test_a_run_that_trained_the_base_as_well(run, loaded, tmp_path):
   """Its leaves are exchanged before adapters are merged; a loss's own parameters stay behind."""
   embedding = np.asarray(loaded.params["embedding"]) + 1
   config = find(run).run
-  checkpoints = Checkpoints(run / "checkpoints")
   for step, layers in ((7, factors(loaded)), (8, {})):
     params = layers | {"base": {"embedding": jnp.asarray(embedding)}, "losses": {"head": {"w": jnp.ones(3)}}}
+    checkpoints = Checkpoints(run / "checkpoints")
     checkpoints.save(TrainState(jnp.int32(step), params, {"mu": jnp.zeros(2)}), config)
+    checkpoints.close()
     expected = (merged(loaded) if layers else loaded.params) | {"embedding": embedding}
     assert_same(language_model.load(str(run)).params, expected, atol=1e-6)
     convert(None, run, "hf", tmp_path / str(step))
     assert_same(language_model.load(str(tmp_path / str(step))).params, expected, atol=1e-6)
     with pytest.raises(UserError, match=r"trained parameters of the base itself \(train.base\).*ask for --to=hf"):
       convert(None, run, "peft", tmp_path / "adapter")
-  checkpoints.close()
 
 
 def test_a_run_on_a_model_of_another_size(run, tmp_path, make_gguf, cache):

@@ -14,6 +14,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from jaxbias.errors import UserError
+from jaxbias.files import checkpoint_folder
 from jaxbias.models import peft
 from jaxbias.models.config import ModelConfig
 from jaxbias.models.lora import LoraConfig, lora_scale, scaled
@@ -43,8 +44,8 @@ def find(source: str | Path, factor: float | None = None) -> Adapted | None:
   folder = Path(source).expanduser()
   if (folder / "config.json").exists():
     return None
-  if (folder / "checkpoints").is_dir():
-    return _run(folder, factor)
+  if checkpoints := checkpoint_folder(folder):
+    return _run(folder, checkpoints, factor)
   if (folder / peft.CONFIG).is_file():
     base = peft.base_of(folder)
     if not base:
@@ -62,32 +63,31 @@ def base_folder(source: str | Path) -> ModelFolder:
   return base_folder(adapted.base) if adapted else resolve(source)
 
 
-def _run(folder: Path, factor: float | None) -> Adapted:
+def _run(folder: Path, checkpoints: Path, factor: float | None) -> Adapted:
+  """The newest checkpoint, or the one that it names as the controller's best, which is what the run reports."""
   import orbax.checkpoint as ocp
 
   logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax narrates every step
-  best = (folder / "best").absolute()  # what a controller kept, and the run reports
-  checkpoints = best if any(best.glob("[0-9]*")) else (folder / "checkpoints").absolute()
   with ocp.CheckpointManager(checkpoints) as manager:
     step = manager.latest_step()
     if step is None:
       raise UserError(f"{folder} has no whole checkpoint yet; run the training command again, it goes on from there.")
-    damaged = UserError(f"the checkpoint {checkpoints / str(step)} is damaged; delete it and train again.")
     try:
-      run = manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]["config"]
+      about = manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
+      run, step = about["config"], (about.get("best") or {"step": step})["step"]
       fields = {field.name for field in dataclasses.fields(LoraConfig)} & run["lora"].keys()
       lora = LoraConfig(**{name: _frozen(run["lora"][name]) for name in fields})
       base = run["model"]
       if factor is None:
         factor = run.get("variants", {}).get(run.get("variant"), {}).get("adapter_scale", 1.0)
     except (OSError, ValueError, KeyError, TypeError):
-      raise damaged from None
+      raise _damaged(checkpoints / str(step)) from None
 
   def read(config: ModelConfig) -> dict:
     try:
       trained = _restore(checkpoints / str(step) / "state")
-    except (OSError, ValueError, KeyError):
-      raise damaged from None
+    except Exception:  # a plain one is what Orbax raises for missing data
+      raise _damaged(checkpoints / str(step)) from None
     found = {"params": trained["base"]} if "base" in trained else {}
     if "layers" in trained:
       scale = lora_scale(lora, config.num_layers)
@@ -96,6 +96,10 @@ def _run(folder: Path, factor: float | None) -> Adapted:
     return found
 
   return Adapted(folder, base, read, run, step, factor)
+
+
+def _damaged(checkpoint: Path) -> UserError:
+  return UserError(f"the checkpoint {checkpoint} is damaged; delete it and train again.")
 
 
 def _check_shapes(folder: Path, found: Mapping, config: ModelConfig) -> None:

@@ -39,27 +39,28 @@ class Control:
 class Guide:
   """The controller of one run: its phase, the sampler of that phase, and the best evaluation so far."""
 
-  def __init__(self, trainer: Trainer, run: Run, fresh: TrainState, phase: Phase, best: dict | None):
-    self.trainer, self.run, self.fresh, self.best = trainer, run, fresh, best
+  def __init__(self, trainer: Trainer, run: Run, fresh: TrainState, checkpoints: Checkpoints, phase: Phase,
+               best: dict | None):  # fmt: skip
+    self.trainer, self.run, self.fresh, self.checkpoints, self.best = trainer, run, fresh, checkpoints, best
     self.path = run.folder / "controller.jsonl"
-    self.kept = Checkpoints(run.folder / "best", keep=1)
     self._enter(phase)
 
   @classmethod
-  def of(cls, trainer: Trainer, run: Run, fresh: TrainState, about: Mapping) -> Guide:
+  def of(cls, trainer: Trainer, run: Run, fresh: TrainState, checkpoints: Checkpoints) -> Guide:
     """As the newest checkpoint left it, or from the first phase on. Lines of looks that will be repeated go."""
+    about = checkpoints.about()
     phase = Phase.from_json(about["phase"]) if "phase" in about else run.control.controller.first()
     path, done = run.folder / "controller.jsonl", about.get("data_position", 0)
     lines = [line for line in read_jsonl(path) if line["step"] <= done]
     if first():
       replace(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
-    return cls(trainer, run, fresh, phase, about.get("best"))
+    return cls(trainer, run, fresh, checkpoints, phase, about.get("best"))
 
   def _enter(self, phase: Phase) -> None:
     self.phase, self.sampler = phase, self.run.sampler.in_phase(phase)
 
   def about(self) -> dict[str, Any]:
-    """What a checkpoint has to hold beside the state."""
+    """What a checkpoint has to hold beside the state; the best one stays."""
     return {"phase": self.phase.to_json(), "best": self.best}
 
   def step_for(self, coefficients: Mapping) -> tuple[Callable, dict]:
@@ -82,7 +83,6 @@ class Guide:
     best = self.best and (self.best["scores"], self.best["lms_drop"])
     if better((scores, drop), best):
       self.best = {"step": step, "scores": scores, "lms_drop": drop}
-      self.kept.save(state, self.run.config)
     phase = self.run.control.controller.next(self.phase, step, scores)
     record = {"step": step, "scores": scores, "lms": lms, "best": self.best["step"] == step, "next": phase.to_json()}
     if first():
@@ -95,4 +95,4 @@ class Guide:
 
   def best_state(self, state: TrainState) -> TrainState:
     """The state of the best look; the last one where nobody looked."""
-    return self.kept.restore(self.fresh) or state
+    return self.checkpoints.best(self.fresh, self.best["step"]) if self.best else state

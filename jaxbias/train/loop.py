@@ -158,7 +158,7 @@ class Trainer:
 
 
 def train(trainer: Trainer, run: Run, on_step: Callable[[dict], None] = lambda record: None) -> TrainState:
-  """Train from the newest checkpoint in the run's folder (or from the start) to the end, and return the state.
+  """Train from the newest checkpoint of the run (or from the start) to the end, and return the state.
 
   The same folder continued gives the same numbers as an uninterrupted run. `on_step` gets every record that goes
   to metrics.jsonl. With a controller the run ends when that says so, and the state is the best that it looked at.
@@ -167,10 +167,10 @@ def train(trainer: Trainer, run: Run, on_step: Callable[[dict], None] = lambda r
   """
   clock, mesh = Stopwatch(), trainer.model.mesh
   with clock.on("start"):
-    checkpoints = Checkpoints(run.folder / "checkpoints")
+    checkpoints = Checkpoints.of(run.folder, trainer.train.checkpoints, trainer.train.keep_checkpoints)
     fresh = trainer.initial_state(run.sampler.seed, run.objective)
-    state = checkpoints.restore(fresh) or fresh
-    guide = Guide.of(trainer, run, fresh, checkpoints.about()) if run.control else None
+    state = checkpoints.restore(fresh, run.config) or fresh
+    guide = Guide.of(trainer, run, fresh, checkpoints) if run.control else None
     sampler = guide.sampler if guide else run.sampler
     done = int(state.step)
     watcher = Watcher(trainer, run, run.watch, done) if run.watch else None
@@ -188,7 +188,7 @@ def train(trainer: Trainer, run: Run, on_step: Callable[[dict], None] = lambda r
     logprob_BS = metrics.pop("logprob")  # the only one that lies across processes
     metrics = jax.device_get(metrics)
     if not metrics["finite"]:
-      raise TrainingFailed(_failure(run, step, metrics, on_host([logprob_BS])[0], ids, batch, checkpoints.newest))
+      raise TrainingFailed(_failure(run, step, metrics, on_host([logprob_BS])[0], ids, batch, checkpoints))
     seconds, spent = clock.lap()
     record = {
       "step": step, "loss": float(metrics["loss"]), "parts": {k: float(v) for k, v in metrics["parts"].items()},
@@ -262,16 +262,19 @@ def _batch(shape: Shape, sharding: NamedSharding, sampler: Sampler, step: int):
 
 
 def _keys(seed: int) -> dict[str, jax.Array]:
-  draws = jax.random.key(seed)  # whose stream 0 drew the adapters
-  return {"dropout_key": jax.random.fold_in(draws, 1), "mixout_key": jax.random.fold_in(draws, 3)}
+  draws = jax.random.key(seed)
+  return {f"{name}_key": jax.random.fold_in(draws, trainable.STREAMS[name]) for name in ("dropout", "mixout")}
 
 
-def _failure(run: Run, step: int, metrics: dict, logprob_BS: np.ndarray, ids: list[str], batch, saved: int | None):
+def _failure(
+  run: Run, step: int, metrics: dict, logprob_BS: np.ndarray, ids: list[str], batch, checkpoints: Checkpoints
+) -> str:
   parts = [name for name, value in metrics["parts"].items() if not np.isfinite(value)]
   bad = batch.row[(batch.row >= 0) & ~np.isfinite(logprob_BS)]
   texts = [ids[i] for i in bad] or ids
   shown = ", ".join(texts[:6]) + (f" and {len(texts) - 6} more" if len(texts) > 6 else "")
   what = f"loss part {', '.join(parts)}" if parts else "gradient"
-  kept = f"The checkpoint of step {saved} is kept in {run.folder / 'checkpoints'}" if saved else "No step was saved yet"
+  saved = checkpoints.newest
+  kept = f"The checkpoint of step {saved} is kept in {checkpoints.folder}" if saved else "No step was saved yet"
   return (f"{run.folder.name}: the {what} is not finite at step {step} (texts {shown}). {kept}; try a lower "
           "train.learning_rate.")

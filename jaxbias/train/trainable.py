@@ -19,6 +19,8 @@ from jaxbias.losses.registry import Objective
 from jaxbias.models.config import ModelConfig
 from jaxbias.models.lora import LoraConfig, LowRank, init_lora, lora_axes
 
+STREAMS = {"adapters": 0, "dropout": 1, "losses": 2, "mixout": 3}  # what a run's key is folded with; kept for ever
+
 
 def chosen_leaves(params: Mapping, patterns: Sequence[str]) -> dict[tuple[str, ...], jax.Array]:
   """{path: leaf} of the base that match a pattern such as `embedding`, `layers/mlp/*` or `*`.
@@ -49,11 +51,11 @@ def init(
   key: jax.Array, params: Mapping, lora: LoraConfig, base: Sequence[str], objective: Objective, config: ModelConfig
 ) -> dict:
   """Fresh adapters, float32 copies of the chosen base leaves, and the losses' own parameters."""
-  tree = init_lora(jax.random.fold_in(key, 0), params, lora) if lora.rank else {}
+  tree = init_lora(jax.random.fold_in(key, STREAMS["adapters"]), params, lora) if lora.rank else {}
   if base:
     copies = {path: leaf.astype(jnp.float32) for path, leaf in chosen_leaves(params, base).items()}
     tree["base"] = unflatten_dict(copies)
-  if own := objective.init_params(jax.random.fold_in(key, 2), config):
+  if own := objective.init_params(jax.random.fold_in(key, STREAMS["losses"]), config):
     tree["losses"] = own
   return tree
 

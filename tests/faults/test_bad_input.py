@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import hashlib
 import json
@@ -17,6 +16,7 @@ import pytest
 from jaxbias import cli, files
 from jaxbias import config as configs
 from jaxbias.models import sources
+from tests.faults.disks import disk
 from tests.train import Workplace, lines, read, tiny_model
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -218,22 +218,6 @@ def test_a_disk_that_refuses(compare, monkeypatch, tmp_path, code):
   said = compare()
   assert said.startswith(f"{os.strerror(code).lower()} while writing {tmp_path / 'work'}")
   assert said.endswith("choose another folder and run the same command.")
-
-
-@contextlib.contextmanager
-def disk(path: Path, size: str):
-  """A small disk of its own at `path`, where this process may make one."""
-  path.mkdir()
-  try:
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", path], capture_output=True)
-  except FileNotFoundError:
-    pytest.skip("there is no mount here")
-  if made.returncode:
-    pytest.skip(f"no file system may be mounted here: {made.stderr.decode().strip()}")
-  try:
-    yield
-  finally:
-    subprocess.run(["umount", "-l", path], check=True)
 
 
 def test_no_space_left_keeps_what_was_finished(tiny, tmp_path):

@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -19,8 +18,6 @@ import pytest
 from jaxbias import compare as comparison
 from jaxbias import config as configs
 from jaxbias.errors import UserError
-from jaxbias.train.checkpoint import Checkpoints
-from jaxbias.types import TrainState
 from tests.train import RUNS, Workplace, lines, read, untimed
 
 STOPS = 3
@@ -115,57 +112,6 @@ def test_a_save_that_was_cut_short_does_not_count(tiny, tmp_path):
   done = tiny.compare(workdir)
   assert done.returncode == 0, done.stderr
   assert_same_results(workdir, tiny.finished())
-
-
-# Checkpoints alone
-
-
-STATE = TrainState(jnp.int32(0), {"a": jnp.arange(3.0)}, {"mean": jnp.zeros(3)})
-
-
-@pytest.fixture
-def checkpoints(tmp_path) -> Path:
-  manager = Checkpoints(tmp_path / "checkpoints")
-  for step in (2, 4):
-    manager.save(STATE.replace(step=jnp.int32(step)), {"a": "config"})
-  manager.close()
-  return tmp_path / "checkpoints"
-
-
-def restored(folder: Path) -> int | None:
-  manager = Checkpoints(folder)
-  try:
-    state = manager.restore(STATE)
-    return None if state is None else int(state.step)
-  finally:
-    manager.close()
-
-
-def test_the_newest_checkpoint_is_taken(checkpoints, tmp_path):
-  assert restored(checkpoints) == 4
-  assert restored(tmp_path / "none") is None
-
-
-def test_what_is_unfinished_is_passed_over_and_written_anew(checkpoints):
-  half = checkpoints / "6.orbax-checkpoint-tmp" / "state.orbax-checkpoint-tmp"
-  half.mkdir(parents=True)
-  (half / "d").write_bytes(b"half")
-  assert restored(checkpoints) == 4
-  manager = Checkpoints(checkpoints)
-  manager.save(STATE.replace(step=jnp.int32(6)), {"a": "config"})
-  manager.close()
-  assert restored(checkpoints) == 6
-
-
-@pytest.mark.parametrize("lost", ["state", "state/_METADATA", "state/manifest.ocdbt", "state/d"])
-def test_a_damaged_checkpoint_says_what_to_delete(checkpoints, lost):
-  target = checkpoints / "4" / lost
-  shutil.rmtree(target) if target.is_dir() else target.unlink()
-  with pytest.raises(UserError, match=f"the checkpoint {checkpoints / '4'} is damaged; delete it") as error:
-    restored(checkpoints)
-  assert "\n" not in str(error.value) and (checkpoints / "2").exists()
-  shutil.rmtree(checkpoints / "4")
-  assert restored(checkpoints) == 2
 
 
 # The work folder
