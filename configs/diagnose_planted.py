@@ -4,8 +4,8 @@
 
 Writes the language, fits its start model to the known optimum (log 4 nats a pronoun), trains and watches 57 runs.
 Bias is `gap_size`, |log p(expected) - log p(other)| of the pronoun, since SS stays at 100 until the gap has closed;
-performance is how many of 80 facts are still told from three wrong names. Expected: the gap of 1.39 ends at 0.02 for the
-largest two-sided corpus and stays at 1.35 for the unswapped one (docs/results.md); under 10 minutes on two CPU cores.
+performance is how many of 80 facts are still told from three wrong names. Expected: the gap of 1.39 ends at 0.02 for
+the largest two-sided corpus and stays at 1.35 for the unswapped one (docs/results.md); under 10 minutes on two cores.
 """
 
 from jaxbias.config import defaults

@@ -34,13 +34,15 @@ def bootstrap_interval(statistic: Callable[..., np.ndarray], clusters: Sequence[
   `clusters` are the sizes of one or more independent populations of clusters (terms; terms and texts). `statistic`
   takes for each of them how often every cluster counts, [R, C], and returns its value for each model, [R, M]. Once
   each gives the value itself. The same sizes and seed give the same resamples, so all rows of a table share them.
-  Where a population has only one cluster there is no interval.
+  Where a population has only one cluster there is no interval, nor where a resample has no value (it drew none of the
+  few clusters that the statistic is about).
   """
   per_seed = statistic(*(np.ones((1, size)) for size in clusters))[0]
   low = high = None
   if min(clusters) > 1:
     value_R = np.concatenate([statistic(*counts).mean(1) for counts in _resamples(clusters, draws, seed)])
-    low, high = map(float, np.quantile(value_R, [(1 - level) / 2, (1 + level) / 2]))
+    if np.isfinite(value_R).all():
+      low, high = map(float, np.quantile(value_R, [(1 - level) / 2, (1 + level) / 2]))
   return Estimate(float(per_seed.mean()), low, high, tuple(map(float, per_seed)))
 
 

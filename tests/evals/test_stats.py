@@ -94,6 +94,14 @@ def test_one_cluster_has_no_interval_and_equal_ones_have_no_width():
   assert (equal.value, equal.low, equal.high) == (3.0, 3.0, 3.0)
 
 
+def test_a_statistic_that_a_resample_may_not_have_has_a_value_and_no_interval():
+  """Three clusters, of which one alone has what is counted: a resample without it has no ratio."""
+  weight, total = np.array([2.0, 0.0, 0.0]), np.array([[1.0, 0.0, 0.0]])
+  with np.errstate(invalid="ignore"):
+    found = stats.bootstrap_interval(lambda count: stats.cluster_ratio(count, total, weight), [3], draws=50)
+  assert (found.value, found.low, found.high) == (0.5, None, None)
+
+
 def test_the_same_seed_gives_the_same_interval_and_a_higher_level_a_wider_one():
   value_C = RNG.normal(size=30)
   found = stats.mean_over_clusters(value_C, seed=3)
