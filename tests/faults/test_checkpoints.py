@@ -56,10 +56,16 @@ def names(folder: Path) -> set[str]:
   return {path.name for path in folder.iterdir()}
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+  folder = tmp_path_factory.mktemp("saved") / "checkpoints"
+  save(folder, 2, 4)
+  return folder
+
+
 @pytest.fixture
-def folder(tmp_path) -> Path:
-  save(tmp_path / "checkpoints", 2, 4)
-  return tmp_path / "checkpoints"
+def folder(saved, tmp_path) -> Path:
+  return shutil.copytree(saved, tmp_path / "checkpoints")
 
 
 # Saved and kept
