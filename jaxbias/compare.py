@@ -372,6 +372,9 @@ def claim(workdir: Path, plain: Mapping, command: str) -> None:
   A folder that an earlier command claimed without computing anything (a typo in the model's name) is claimed anew.
   """
   path = workdir / "config.json"
+  if workdir.parts and workdir.parts[0] in ("gs:", "s3:"):
+    raise UserError(f"{workdir} is no folder on a disk; give one as --workdir, and let --config.train.checkpoints name "
+                    "the bucket: it can hold the checkpoints.")  # fmt: skip
   if workdir.exists() and not workdir.is_dir():
     raise UserError(f"{workdir} is a file; choose another --workdir.")
   keys = configs.differing_keys(plain, _read_config(path)) if path.exists() else []

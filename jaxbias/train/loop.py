@@ -99,7 +99,9 @@ class Trainer:
 
   @property
   def scale(self) -> dict:
-    return lora_scale(self.lora, self.model.config.num_layers)
+    """Whole on every device, as the loop lets nothing move between devices."""
+    scale = lora_scale(self.lora, self.model.config.num_layers)
+    return to_devices(jax.device_get(scale), replicated(self.model.mesh))
 
   @property
   def moved(self) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -74,3 +75,19 @@ def test_a_folder_in_which_nothing_was_computed_can_be_claimed_anew(plain, tmp_p
   with pytest.raises(UserError, match="belongs to another config .train.steps: 6 there, 7 here.; choose another"):
     comparison.claim(tmp_path, plain | {"train": plain["train"] | {"steps": 7}}, "third")
   assert read(tmp_path / "config.json") == plain
+
+
+def test_a_bucket_is_no_work_folder(plain, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  with pytest.raises(UserError, match="gs:/bucket/mine is no folder on a disk; give one .*train.checkpoints name the"):
+    comparison.claim(Path("gs://bucket/mine"), plain, "first")
+  assert not list(tmp_path.iterdir())
+
+
+def test_a_run_goes_on_with_another_mesh_and_as_many_checkpoints_as_one_likes(plain, tmp_path):
+  comparison.claim(tmp_path, plain, "first")
+  (tmp_path / "base").mkdir()
+  train = plain["train"] | {"keep_checkpoints": 5}
+  comparison.claim(tmp_path, plain | {"mesh": plain["mesh"] | {"fsdp": 4}, "train": train}, "second")
+  with pytest.raises(UserError, match="another config .train.checkpoint_every: 3 there, 4 here.;"):
+    comparison.claim(tmp_path, plain | {"train": train | {"checkpoint_every": 4}}, "third")
