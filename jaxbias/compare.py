@@ -183,6 +183,8 @@ def prepare(config, workdir: Path, command: str) -> Comparison:
   if config.log.wandb_project:
     package()
   data = load_data(config.data, config.watch.general)
+  if distributed.from_first(lambda: data.fingerprint) != data.fingerprint:
+    raise UserError("this process reads other data than the first one; give every machine the same files.")
   distributed.from_first(lambda: claim(workdir, plain, command))
   dtype = None if config.dtype == "auto" else config.dtype
   model = language_model.load(config.model, dtype, make_mesh(config.mesh), config.train.remat, config.mesh.rules)

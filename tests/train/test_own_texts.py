@@ -11,6 +11,7 @@ from jaxbias import compare as comparison
 from jaxbias import config as configs
 from jaxbias.data import roles
 from jaxbias.errors import UserError
+from jaxbias.report.html import html
 from tests.train import Workplace, lines, read
 
 
@@ -55,8 +56,9 @@ def test_in_memory_or_not_the_run_is_the_same_and_its_card_says_what_it_read(tin
   assert made["sources"]["general"][0]["dropped"] == {"empty text": 1}
   assert {str(sources / f"{role}.jsonl") for role in by_role} < made["files"].keys()
   assert made == results["data"]["card"] == read(tmp_path / "small" / "data_card.json")
-  page = (tmp_path / "large" / "data_card.md").read_text()
+  page, report = (tmp_path / "large" / "data_card.md").read_text(), html(results)
   assert "empty text 1" in page and "## Files (sha256)" in page
+  assert "<h2>Data</h2>" in report and "empty text 1" in report and report.count("<table>") == report.count("</table>")
   assert np.isfinite(results["rows"][1]["estimates"]["ss"]["value"])
 
 
@@ -65,3 +67,9 @@ def test_a_source_that_cannot_be_used_stops_before_the_folder_is_claimed(tiny, s
   with pytest.raises(UserError, match="data.roles.forget: .* has no column `bodi`; did you mean `body`?"):
     comparison.compare(broken, tmp_path / "run", "run")
   assert not (tmp_path / "run").exists()
+
+
+def test_processes_that_read_different_files_do_not_start(tiny, sources, tmp_path, monkeypatch):
+  monkeypatch.setattr(comparison.distributed, "from_first", lambda do: "what the first process read")
+  with pytest.raises(UserError, match="reads other data than the first one"):
+    comparison.compare(config(tiny, sources), tmp_path / "run", "run")
