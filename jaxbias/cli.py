@@ -33,8 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not (others := _others()):
       raise
     if others.lost_another(error):
-      print(f"jaxbias: another process was lost ({str(error).splitlines()[0]}); started again in all of them, the same "
-            "command goes on from the last checkpoint.", file=sys.stderr)  # fmt: skip
+      print(f"jaxbias: another process was lost ({str(error).splitlines()[0]}); start all again, and the same command "
+            "goes on from the last checkpoint.", file=sys.stderr)  # fmt: skip
       others.leave(RESTART)
     traceback.print_exc()
     code = 1

@@ -6,8 +6,9 @@ What follows `--` is handed to `python -m jaxbias` in every process. Process 0 s
 writes LOGS/process-I.log. The first process that fails ends the run with its exit code: the others get SIGTERM at once
 and SIGKILL after --grace seconds. SIGTERM and SIGINT to the launcher are passed on in the same way.
 
-Exit code 75 (EX_TEMPFAIL) means "saved, start me again": with --restart=N all processes are started anew, N times at
-most, unless the launcher itself was told to stop.
+Exit code 75 (EX_TEMPFAIL) means "saved, start me again"; after 134, 137 and 143 a process was lost, to its runtime, the
+system or someone's SIGTERM. With --restart=N all are then started anew, N times at most, unless the launcher itself was
+told to stop.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-RESTART = 75  # EX_TEMPFAIL of sysexits.h
+RESTART = (75, 134, 137, 143)  # EX_TEMPFAIL of sysexits.h; 128 + SIGABRT, SIGKILL, SIGTERM
 POLL = 0.1  # seconds between two looks at the processes
 LAST_LINES = 15  # of the failed process's log, repeated at the end
 
@@ -40,9 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
   stopping = Stopping()
   for attempt in range(options.restart + 1):
     code = run_once(options, stopping, "w" if attempt == 0 else "a")
-    if code != RESTART or stopping.signal or attempt == options.restart:
+    if code not in RESTART or stopping.signal or attempt == options.restart:
       return code
-    say(f"exit code {RESTART}: starting all again ({attempt + 1} of {options.restart})")
+    say(f"exit code {code}: starting all again ({attempt + 1} of {options.restart})")
   raise AssertionError("the last attempt returns")
 
 
@@ -52,8 +53,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
   parser.add_argument("--processes", metavar="N", type=int, required=True)
   parser.add_argument("--devices", metavar="K", type=int, default=1, help="fake CPU devices of each; default 1")
   parser.add_argument("--logs", metavar="DIR", type=Path, default=Path("runs/local"), help="default: runs/local")
-  parser.add_argument("--restart", metavar="N", type=int, default=0, help="start again on exit code "
-                      f"{RESTART}, at most N times; default 0")
+  parser.add_argument("--restart", metavar="N", type=int, default=0, help="start again on exit codes "
+                      f"{', '.join(map(str, RESTART))}, at most N times; default 0")
   parser.add_argument("--grace", metavar="SECONDS", type=float, default=30.0, help="from SIGTERM to SIGKILL; "
                       "default 30")
   parser.add_argument("--port", metavar="PORT", type=int, default=0, help="of the coordinator; default: a free one")

@@ -11,13 +11,13 @@
 #   --spot           cheaper, and can be taken away at any time
 #   --worker I       whose log to tail: a number or all; default 0
 #   --python X.Y     that uv installs on the workers; default 3.12
-#   --restarts N     on exit code 75, at most N times, on the workers themselves; default 3
+#   --restarts N     on exit codes 75, 134 and 137, at most N times, on the workers themselves; default 3
 #   --dry-run        print the commands, exactly, and run none
 #
 # Every worker runs `python -m jaxbias VERB ARGUMENTS --coordinator=auto` from ~/jaxbias and writes ~/jaxbias.log.
 set -euo pipefail
 
-RESTART=75    # EX_TEMPFAIL: saved, start me again
+RESTART='75|134|137' # EX_TEMPFAIL: saved, start me again; 128 + SIGABRT, SIGKILL: a process was lost
 LOOK_EVERY=30 # seconds between two looks at a request that waits
 
 fail() {
@@ -131,7 +131,7 @@ start() {
   [[ $restarts =~ ^[0-9]+$ ]] || fail "--restarts=$restarts has to be a whole number."
   local command loop
   command=$(joined .venv/bin/python -m jaxbias "${arguments[@]}" --coordinator=auto)
-  loop="for attempt in \$(seq 0 $restarts); do $command; code=\$?; [ \$code -eq $RESTART ] || break; done; exit \$code"
+  loop="for attempt in \$(seq 0 $restarts); do $command; code=\$?; case \$code in $RESTART) ;; *) break;; esac; done; exit \$code"
   on_workers all "cd jaxbias && cat COMMIT >> ../jaxbias.log && { setsid nohup bash -c ${loop@Q} >> ../jaxbias.log 2>&1 \
 < /dev/null & echo \$! > ../jaxbias.pid; }"
 }
