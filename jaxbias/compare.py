@@ -81,7 +81,7 @@ class Comparison:
   def sampler(self, variant: Variant, seed: int, ref: reference.Reference | None) -> Sampler:
     rows = self.config.train.rows.to_dict() | self.config.train.groups.to_dict()
     shards = batch_shards(self.trainer.model.mesh)
-    return Sampler(variant.texts[seed], variant.objective, rows, ref, seed, shards)
+    return Sampler(variant.texts[seed], variant.objective, rows, ref, seed, shards, self.config.train.accumulate)
 
   def control(self) -> Control | None:
     """The config's controller, which looks at another split than the one that is reported."""
@@ -210,6 +210,8 @@ def prepare(config, workdir: Path, command: str) -> Comparison:
   encoded = tradeoff.encode_split(model, split)
   for found in variants:
     trainable.check(found.objective, model.params, tuple(config.train.base))
+    if config.train.accumulate > 1 and (why := found.objective.coupled()):
+      raise UserError(f"train.accumulate = {config.train.accumulate} would change what is trained: {why}; set it to 1.")
   probe = _probe(config, model, data) if configs.watched(config) else None
   return Comparison(config, workdir, data, split, Trainer.of(model, config), variants, encoded, probe)
 
@@ -220,7 +222,7 @@ def run(job: Comparison, command: str, profile: tuple[int, int] | None = None) -
   shapes, asked = job.shapes(), job.reference_segments()
   evaluation_cost = sum(job.read_cost(encoded.segments) for encoded in job.encoded.values())
   looks, read_each = len(configs.watched(job.config)), job.read_cost(job.probe.segments) if job.probe else 0.0
-  trained = steps + looks * job.config.watch.batches
+  trained = steps * job.config.train.accumulate + looks * job.config.watch.batches
   train_cost = {o: TRAINED_TOKEN * trained * shape.B * shape.T + looks * read_each for o, shape in shapes.items()}
   finished = distributed.from_first(lambda: _finished(job))
   todo = [(v, s) for v in job.variants for s in seeds if f"{v.name}-seed{s}" not in finished]

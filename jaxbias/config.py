@@ -69,6 +69,7 @@ def defaults() -> ConfigDict:
     "schedule": "linear",  # after the warm-up: constant, linear or cosine down to 0
     "weight_decay": 0.0,
     "clip_norm": 1.0,
+    "accumulate": 1,  # parts of a step's texts that are computed one after the other: the same step in less memory
     "checkpoint_every": 10,
     "keep_checkpoints": 2,  # the newest so many of a run stay, and the controller's best
     "checkpoints": "",  # where they go, such as gs://bucket/mine; empty = into the run's folder
@@ -206,7 +207,7 @@ def differing_keys(ours: Mapping, theirs: Mapping) -> list[str]:
 def validate(config: ConfigDict) -> None:
   """Raises UserError for the first value that no run could use."""
   t = config.train
-  counts = ("steps", "learning_rate", "clip_norm", "checkpoint_every", "keep_checkpoints")
+  counts = ("steps", "learning_rate", "clip_norm", "checkpoint_every", "accumulate", "keep_checkpoints")
   positive = {f"train.{key}": t[key] for key in counts}
   positive |= {"eval.bootstrap_draws": config.eval.bootstrap_draws, "control.processes": config.control.processes}
   for key, value in positive.items():

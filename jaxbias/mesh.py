@@ -104,9 +104,10 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec())
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """Packed rows over every device that holds its own rows; whatever follows the first axis is whole."""
-  return NamedSharding(mesh, BATCH)
+def batch_sharding(mesh: Mesh, parts: int = 1) -> NamedSharding:
+  """Packed rows over every device that holds its own rows; whatever follows the first axis is whole. Of `parts` of a
+  batch that are stacked, the second."""
+  return NamedSharding(mesh, PartitionSpec(None, *BATCH) if parts > 1 else BATCH)
 
 
 def batch_shards(mesh: Mesh) -> int:

@@ -108,13 +108,20 @@ def plan(config, source: str, variant: str | None = None, batch: int = 0, length
   model = abstract_model(shape_of(source), source, config, make_mesh(config.mesh, topology(tpu) if tpu else None))
   trainer = Trainer.of(model, config)
   shards = batch_shards(model.mesh)
-  batch, length = batch or shards, length or min(1024, model.config.max_positions)
-  if batch % shards:
-    raise UserError(f"--batch {batch} packed rows cannot be cut into {shards} equal parts, the mesh's data x fsdp.")
+  parts = config.train.accumulate
+  if parts > 1 and (why := objective.coupled()):
+    raise UserError(f"train.accumulate = {parts} would change what is trained: {why}; set it to 1.")
+  batch, length = batch or shards * parts, length or min(1024, model.config.max_positions)
+  if batch % (shards * parts):
+    raise UserError(f"--batch {batch} packed rows cannot be cut into {shards * parts} equal parts, the mesh's data x "
+                    f"fsdp{' x train.accumulate' * (parts > 1)}.")  # fmt: skip
   if length > model.config.max_positions:
     raise UserError(f"--length {length} is past the model's {model.config.max_positions} positions.")
   state, whole = abstract_state(trainer, objective), replicated(model.mesh)
-  rows = abstract_batch(config, objective, batch, length, model)
+  rows = abstract_batch(config, objective, batch // parts, length, model)
+  if parts > 1:
+    stacked = batch_sharding(model.mesh, parts)
+    rows = jax.tree.map(lambda x: jax.ShapeDtypeStruct((parts, *x.shape), x.dtype, sharding=stacked), rows)
   remedy = transforms.coefficients(configs.remedy(config, variant), config.train.steps, model.config)
   traced = {"learning_rate": 0.0, "losses": coefficients, **remedy}
   frozen = {"params": model.params, "lora_scale": jax.tree.map(lambda x: _like(x, whole), trainer.scale)}

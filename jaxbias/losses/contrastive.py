@@ -181,6 +181,7 @@ def toxic_weights(batch: Batch, members: Members, mode: str, weight: jax.Array) 
     "w_mode": ("group_flag", "batch_flag", "graded", "entity_rate", "none"),
     "normalize_w": ("no", "yes"),
   },
+  couples=(("w_mode", "batch_flag"), ("w_mode", "entity_rate"), ("normalize_w", "yes")),
   init_params=init_contrast_head,
 )
 def contrast(

@@ -40,7 +40,8 @@ def premises_and_hypotheses(ctx: LossContext, on: str) -> tuple[jax.Array, jax.A
   return here_N & (order_N == first_N), here_N & (order_N == last_N)
 
 
-SENTENCES = {"needs": ("hidden", "pairs", "groups", "no_targets"), "coefficients": {"temperature": 0.05}}
+SENTENCES = {"needs": ("hidden", "pairs", "groups", "no_targets"), "coefficients": {"temperature": 0.05},
+             "couples": True}  # fmt: skip
 
 
 @register_loss("mabel_contrast", on="retain", **SENTENCES, options={"pool": POOLS})

@@ -61,7 +61,7 @@ def ram(ctx: LossContext, on: str, alpha: jax.Array) -> Metric:
 
 
 @register_loss("kto", on="retain", needs=("ref_logprob",), reads=("forget", "retain", "mismatched"),
-               coefficients={"beta": 0.1, "desirable": 1.0, "undesirable": 1.0})  # fmt: skip
+               coefficients={"beta": 0.1, "desirable": 1.0, "undesirable": 1.0}, couples=True)  # fmt: skip
 def kto(ctx: LossContext, on: str, beta: jax.Array, desirable: jax.Array, undesirable: jax.Array) -> Metric:
   """Kahneman-Tversky optimisation: texts of role `on` are wanted, those of the other are not (Ethayarajh et al. 2024).
 

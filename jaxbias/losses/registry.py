@@ -58,6 +58,8 @@ class Loss:
   A loss with parameters of its own (a contrast head) or with running statistics has `init_params(key, config)` or
   `init_aux(config, tokenizer, options)`; it is then called with `params=` or `aux=`, and with `aux` it returns
   (Metric, new aux), or a Found.
+  `couples`: whether a text's part in it depends on texts of the batch that are neither its twin nor of its group, or at
+  which options it does; such a mean is not the sum over parts of a batch.
   """
 
   name: str
@@ -69,6 +71,7 @@ class Loss:
   options: Mapping[str, tuple[str, ...]]
   init_params: Callable[[jax.Array, ModelConfig], Any] | None
   init_aux: Callable[[ModelConfig, Tokenizer, Mapping[str, str]], Any] | None
+  couples: bool | tuple[tuple[str, str], ...] = False
 
 
 ANY = "..."
@@ -85,6 +88,7 @@ def register_loss(
   options: Mapping[str, tuple[str, ...]] | None = None,
   init_params: Callable | None = None,
   init_aux: Callable | None = None,
+  couples: bool | tuple[tuple[str, str], ...] = False,
 ):
   """Decorator: `function(ctx, on, **coefficients, **options) -> Metric` becomes `name`."""
   unknown = set(needs) - set(NEEDS)
@@ -93,7 +97,8 @@ def register_loss(
 
   def register(function):
     numbers, choices = dict(coefficients or {}), dict(options or {})
-    LOSSES[name] = Loss(name, function, needs, on, reads, numbers, choices, init_params, init_aux)
+    LOSSES[name] = Loss(name, function, needs, on, reads, numbers, choices, init_params, init_aux,
+                        couples)  # fmt: skip
     return function
 
   return register
@@ -135,6 +140,18 @@ class Objective:
   @property
   def kl_roles(self) -> frozenset[str]:
     return frozenset(term.role for term in self.terms if _compares(term))
+
+  def coupled(self) -> str | None:
+    """Why a batch cannot be cut into parts whose sums add up to its means, by the first term's key; None if it can."""
+    for term in self.terms:
+      loss = LOSSES[term.loss]
+      at = [pair for pair in term.options if pair in loss.couples] if isinstance(loss.couples, tuple) else []
+      if loss.init_aux or term.scale != SCALES[0]:
+        return f"losses.{term.key} follows the batch's own statistics"
+      if at or loss.couples is True:
+        options = f" with {' and '.join(f'{name} = {value}' for name, value in at)}" if at else ""
+        return f"losses.{term.key}{options} compares texts across the batch"
+    return None
 
   def init_params(self, key: jax.Array, config: ModelConfig) -> dict[str, Any]:
     """Trainable parameters that belong to losses, by their key in the config; {} where there are none."""
@@ -209,8 +226,13 @@ def evaluate(
   coefficients: Mapping[str, Mapping],
   params: Mapping[str, Any] | None = None,
   aux: Mapping[str, Any] | None = None,
+  whole: Mapping[str, jax.Array] | None = None,
 ) -> LossOutput:
-  """sum over terms of weight * mean, every unweighted mean by its key, and the losses' new running statistics."""
+  """sum over terms of weight * mean, every unweighted mean by its key, and the losses' new running statistics.
+
+  whole: where `ctx` is a part of a step's texts, the weight of each term's mean over all of them: the totals of the
+  parts then add up to that of the whole.
+  """
   parts, notes, total, aux, new_aux = {}, {}, jnp.float32(0.0), aux or {}, dict(aux or {})
   for term in objective.terms:
     settings = dict(coefficients[term.key])
@@ -223,7 +245,8 @@ def evaluate(
       new_aux[term.key] = found.aux
     parts[term.key] = found.metric
     notes |= {f"{term.key}/{name}": note for name, note in found.notes.items()}
-    scaled, new_scale = _scaled(term, found.metric.value(), (params or {}).get(_scale_of(term)), aux)
+    mean = Metric(found.metric.sum, whole[term.key]) if whole else found.metric
+    scaled, new_scale = _scaled(term, mean.value(), (params or {}).get(_scale_of(term)), aux)
     new_aux |= new_scale
     total += weight * scaled
   return LossOutput(total, parts, new_aux, notes)

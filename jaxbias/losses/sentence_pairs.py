@@ -25,7 +25,7 @@ def sentences(ctx: LossContext, pool: str) -> jax.Array:
 
 
 @register_loss("infonce", on="retain", needs=("hidden", "pairs", "no_targets"), coefficients={"temperature": 0.05},
-               options={"pool": POOLS})  # fmt: skip
+               options={"pool": POOLS}, couples=True)  # fmt: skip
 def infonce(ctx: LossContext, on: str, temperature: jax.Array, pool: str) -> Metric:
   """Each sentence of role `on` finds its twin among all twins of the batch (van den Oord et al. 2018; MABEL, He et al.
   2022): L = -log softmax_j(cos(r_i, twin_j) / temperature) at the twin of i."""
@@ -37,7 +37,7 @@ def infonce(ctx: LossContext, on: str, temperature: jax.Array, pool: str) -> Met
 
 
 @register_loss("supcon", on="retain", needs=("hidden", "groups", "no_targets"), coefficients={"temperature": 0.1},
-               options={"pool": POOLS})  # fmt: skip
+               options={"pool": POOLS}, couples=True)  # fmt: skip
 def supcon(ctx: LossContext, on: str, temperature: jax.Array, pool: str) -> Metric:
   """Supervised contrast, a group's positives being one class (Khosla et al. 2020, eq. 2).
 

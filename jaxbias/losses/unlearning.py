@@ -19,7 +19,8 @@ def log_one_minus_exp(logp: jax.Array) -> jax.Array:
 
 
 @register_loss("npo", on="forget", needs=("ref_logprob",), coefficients={"beta": 0.1},
-               options={"reduction": ("seq_sum", "seq_mean", "batch_token_mean")})  # fmt: skip
+               options={"reduction": ("seq_sum", "seq_mean", "batch_token_mean")},
+               couples=(("reduction", "batch_token_mean"),))  # fmt: skip
 def npo(ctx: LossContext, on: str, beta: jax.Array, reduction: str = "seq_sum") -> Metric:
   """Negative preference optimisation (Zhang et al. 2024, eq. 3; the forget term of Liu et al. 2025).
 

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 
+import jax
 import numpy as np
 
 from jaxbias.data.groups import draw_members
@@ -189,6 +190,7 @@ class Sampler:
   reference: Reference | None
   seed: int
   shards: int
+  accumulate: int = 1  # parts of a step's texts, each packed alone; a batch of several has them as a leading axis
 
   def in_phase(self, phase: Phase) -> Sampler:
     """Where the only type is swapped, forget and retain exchange their counts, too, as in BiasUnlearn's scripts."""
@@ -229,12 +231,38 @@ class Sampler:
   def segments(self, step: int) -> list[Segment]:
     return [self.texts.segments[role][i] for role, i in self.members(step)]
 
+  def parts(self, members: Sequence[tuple[str, int]]) -> list[list[int]]:
+    """Indices of the members in each of `accumulate` parts, dealt out in turns; twins and groups stay together."""
+    units: dict[tuple, list[int]] = {}
+    for number, (role, i) in enumerate(members):
+      if self.texts.grouped and role in GROUP_ROLES:
+        unit = "group", self.texts.rows[role][i].group
+      elif "pairs" in self.objective.needs and role in ROLES[:2]:
+        unit = "pair", i
+      else:
+        unit = role, number
+      units.setdefault(unit, []).append(number)
+    if len(units) < self.accumulate:
+      raise UserError(f"train.accumulate = {self.accumulate} is more than the {len(units)} texts, pairs or groups of a "
+                      "step.")  # fmt: skip
+    dealt = list(units.values())
+    return [sorted(sum(dealt[part :: self.accumulate], [])) for part in range(self.accumulate)]
+
   def batch(self, step: int, planned: Shape) -> tuple[Batch, list[str]]:
     """The packed batch in numpy, and the id of every text in it by `batch.row`."""
     members = self.members(step)
+    parts = self.parts(members)
+    placed = [place_in([self.texts.segments[role][i] for role, i in map(members.__getitem__, part)], planned)
+              for part in parts]  # fmt: skip
+    shape = functools.reduce(lambda shape, found: grown(shape, found[1], self.shards), placed, planned)
+    packed = [self._packed([members[n] for n in part], part, places, shape)
+              for part, (places, _) in zip(parts, placed, strict=True)]  # fmt: skip
+    whole = packed[0] if self.accumulate == 1 else jax.tree.map(lambda *of_parts: np.stack(of_parts), *packed)
+    return whole, [self.texts.rows[role][i].id for role, i in members]
+
+  def _packed(self, members: Sequence[tuple[str, int]], numbers: Sequence[int], places, shape: Shape) -> Batch:
+    """Some texts of a step, whose numbers in it are `numbers`, in their places."""
     segments = [self.texts.segments[role][i] for role, i in members]
-    places, need = place_in(segments, planned)
-    shape = grown(planned, need, self.shards)
     arrays = pack(segments, places, shape)
     arrays.pop("branch")
     groups = "groups" in self.objective.needs
@@ -242,7 +270,7 @@ class Sampler:
     per_segment = {name: np.full((shape.B, shape.S), -1, np.int32) for name in names}
     per_segment |= {"toxicity": np.zeros((shape.B, shape.S), np.float32)} if groups else {}
     slot = {member: at.b * shape.S + at.s for member, at in zip(members, places, strict=True)}
-    for number, ((role, i), at) in enumerate(zip(members, places, strict=True)):
+    for number, (role, i), at in zip(numbers, members, places, strict=True):
       per_segment["role"][at.b, at.s] = ROLES.index(role)
       per_segment["row"][at.b, at.s] = number
       if "pairs" in self.objective.needs and role in ROLES[:2]:
@@ -253,10 +281,9 @@ class Sampler:
         if self.texts.grouped:
           per_segment["polarity"][at.b, at.s] = role == "retain"
           per_segment["kind"][at.b, at.s], per_segment["toxicity"][at.b, at.s] = KINDS.index(row.kind), row.toxicity
-    ids = [self.texts.rows[role][i].id for role, i in members]
     if not groups:
       arrays = {name: array for name, array in arrays.items() if name not in ("answer", "entity")}
-    return Batch(**arrays, **per_segment, **self._reference(segments, places, shape)), ids
+    return Batch(**arrays, **per_segment, **self._reference(segments, places, shape))
 
   def _reference(self, segments: Sequence[Segment], places, shape: Shape) -> dict[str, np.ndarray]:
     out = {}
@@ -278,5 +305,9 @@ class Sampler:
 
 def plan_shape(samplers: Sequence[Sampler], steps: int) -> Shape:
   """One shape for the first steps of several runs (seeds), so that they share one compiled program."""
-  first = [sampler.segments(step) for sampler in samplers for step in range(min(steps, PLANNED_STEPS))]
+  first = []
+  for sampler in samplers:
+    for step in range(min(steps, PLANNED_STEPS)):
+      segments, members = sampler.segments(step), sampler.members(step)
+      first += [[segments[number] for number in part] for part in sampler.parts(members)]
   return plan(first, samplers[0].shards)

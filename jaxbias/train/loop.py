@@ -89,7 +89,7 @@ class Trainer:
     key = (objective, tx)
     if key not in self.steps:
       module = self.model.module.clone(lora_dropout=self.lora.dropout)
-      self.steps[key] = make_train_step(module, objective, tx or self.tx)
+      self.steps[key] = make_train_step(module, objective, tx or self.tx, self.train.accumulate)
     return self.steps[key]
 
   def optimizer(self, steps: float, warmup_steps: float) -> optax.GradientTransformation:
@@ -183,7 +183,8 @@ def train(trainer: Trainer, run: Run, on_step: Callable[[dict], None] = lambda r
     coefficients = to_devices(jax.tree.map(np.float32, run.coefficients), whole)
     coefficients |= jax.jit(_keys, out_shardings=whole)(run.sampler.seed)
     step_function = trainer.step_for(run.objective)
-  ahead = Prefetch(functools.partial(_batch, run.shape, batch_sharding(mesh)), trainer.train.steps,
+  sharding = batch_sharding(mesh, trainer.train.accumulate)
+  ahead = Prefetch(functools.partial(_batch, run.shape, sharding), trainer.train.steps,
                    LARGE_AHEAD if run.sampler.texts.large else 1)  # fmt: skip
   profile, compiled = Profile(run.folder / "profile", run.profile if first() else None), set()
   peak, trained = peak_flops(mesh.devices.flat, trainer.log.peak_tflops), trainer.abstract(run.objective)

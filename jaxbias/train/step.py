@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
@@ -24,9 +25,10 @@ from jaxbias.types import Batch, LossOutput, TrainState
 
 def loss(
   module: Transformer, objective: Objective, state: TrainState, frozen: Mapping, batch: Batch, coefficients: Mapping,
-  rngs: Mapping[str, jax.Array], remedy: Mapping = MappingProxyType({}),
+  rngs: Mapping[str, jax.Array], remedy: Mapping = MappingProxyType({}), whole: Mapping | None = None,
 ):  # fmt: skip
-  """(total, (LossOutput, log-probability per segment [B, S])) of the trained model on one batch."""
+  """(total, (LossOutput, log-probability per segment [B, S])) of the trained model on one batch, or on a part of one;
+  whole: as for `evaluate`."""
   if "mixout" in remedy:
     variables = mixed(rngs["mixout"], state.params, frozen, remedy["mixout"])
   else:
@@ -41,7 +43,7 @@ def loss(
   moved = displacement(state.params, frozen) if "moved" in objective.needs else {}
   ctx = LossContext(batch, logprob_BP, kl_hidden_BKD, hidden_BTD, captures, base_captures, head, ref_head,
                     module.config.causal, moved, frozen.get("fisher", {}))  # fmt: skip
-  out = evaluate(objective, ctx, coefficients, state.params.get("losses"), state.aux)
+  out = evaluate(objective, ctx, coefficients, state.params.get("losses"), state.aux, whole)
   return out.total, (out, ctx.logprob_BS)
 
 
@@ -66,19 +68,54 @@ def with_reference(module: Transformer, objective: Objective, frozen: Mapping, b
   return batch, captures
 
 
-def make_train_step(module: Transformer, objective: Objective, tx: optax.GradientTransformation) -> Callable:
+def in_parts(of: Callable, parts: Batch, weights: Callable):
+  """Value and gradient of a whole step whose texts come in parts, stacked along the first axis of `parts`.
+
+  of(part, whole) -> ((total, (LossOutput, log-probability per segment)), gradient). A mean is sum over weight, and the
+  weights, which hang on masks alone, are counted first: weights(part) -> {term: weight}, in a pass of which the
+  compiler keeps nothing else. Each part's sums are divided by the whole's weights: totals and gradients add up.
+  """
+  whole = jax.tree.map(lambda x: x.sum(0), jax.lax.map(weights, parts))
+  first = jax.tree.map(lambda x: x[0], parts)
+  (total, (out, _)), grads = jax.eval_shape(of, first, whole)
+  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (total, out, grads))
+
+  def add(carry, part: Batch):
+    (total, (out, logprob_BS)), grads = of(part, whole)
+    return jax.tree.map(jnp.add, carry, (total, out, grads)), logprob_BS
+
+  (total, out, grads), logprob_KBS = jax.lax.scan(add, zeros, parts)
+  return (total, (out, logprob_KBS)), grads
+
+
+def make_train_step(
+  module: Transformer, objective: Objective, tx: optax.GradientTransformation, accumulate: int = 1
+) -> Callable:
   """The jitted step. `coefficients` = {"learning_rate": ..., "losses": {...}} are traced: changing one never
   recompiles. With LoRA dropout they hold its `dropout_key`, too, which is folded with the step; with remedies
   {"remedy": ...} of `transforms.coefficients`, and for mixout its `mixout_key`.
-  A step whose loss or gradient is not finite changes nothing and says so in its metrics."""
+  A step whose loss or gradient is not finite changes nothing and says so in its metrics.
+
+  accumulate: parts that the texts of a step come in, computed one after the other; the batch has them as its first
+  axis. For objectives that are not `coupled` it is the same step."""
 
   def step(state: TrainState, frozen: Mapping, batch: Batch, coefficients: Mapping):
     remedy = coefficients.get("remedy", {})
     streams = [name for name, on in {"dropout": module.lora_dropout, "mixout": "mixout" in remedy}.items() if on]
     rngs = {name: jax.random.fold_in(coefficients[f"{name}_key"], state.step) for name in streams}
-    of = lambda params: loss(module, objective, state.replace(params=params), frozen, batch, coefficients["losses"],
-                             rngs, remedy)  # fmt: skip
-    (total, (out, logprob_BS)), grads = jax.value_and_grad(of, has_aux=True)(state.params)
+
+    def of(params, part: Batch, whole: Mapping | None = None):
+      own = {name: jax.random.fold_in(key, part.row.max()) if whole and name == "dropout" else key
+             for name, key in rngs.items()}  # fmt: skip
+      return loss(module, objective, state.replace(params=params), frozen, part, coefficients["losses"], own, remedy,
+                  whole)  # fmt: skip
+
+    value_and_grad = functools.partial(jax.value_and_grad(of, has_aux=True), state.params)
+    if accumulate == 1:
+      (total, (out, logprob_BS)), grads = value_and_grad(batch)
+    else:
+      weights = lambda part: {key: mean.weight for key, mean in of(state.params, part)[1][0].parts.items()}
+      (total, (out, logprob_BS)), grads = in_parts(value_and_grad, batch, weights)
     if "layers" in remedy:  # before clipping, which would count them otherwise
       grads = of_chosen_layers(grads, remedy["layers"])
     annealed = {"recall": recall(state.step, state.params, frozen, remedy["recadam"])} if "recadam" in remedy else {}

@@ -72,7 +72,8 @@ class Watcher:
     losses = look(model, probe, self.watch.start, adapters, self.watch.scored)
     keys = [term.key for term in self.run.objective.terms]
     sharding = batch_sharding(model.mesh)
-    batches = [to_devices(sampler.batch(i, self.run.shape)[0], sharding) for i in range(self.watch.batches)]
+    whole = dataclasses.replace(sampler, accumulate=1)
+    batches = [to_devices(whole.batch(i, self.run.shape)[0], sharding) for i in range(self.watch.batches)]
     products_KK = conflict.measure(model.module, self.run.objective, state, frozen, batches, coefficients)
     [square] = on_host([_square(state.params, frozen)])
     record = {
