@@ -110,7 +110,7 @@ class Checkpoints:
 
   def __init__(self, folder: Path, keep: int = 2):
     """folder: also an address in the cloud, as an `epath.Path`."""
-    self._kept = Kept(keep)
+    self._kept, self._versions = Kept(keep), provenance.versions()
     options = ocp.CheckpointManagerOptions(preservation_policy=self._kept, cleanup_tmp_directories=True)
     try:
       self._manager = _Manager(folder if _remote(folder) else folder.absolute(), options=options)
@@ -142,7 +142,7 @@ class Checkpoints:
     step = int(state.step)
     if step in self._manager.all_steps():
       return
-    about = {"data_position": step, "config": config, "streams": STREAMS, "versions": provenance.versions(),
+    about = {"data_position": step, "config": config, "streams": STREAMS, "versions": self._versions,
              "best": best, **more}  # fmt: skip
     args = ocp.args.Composite(state=ocp.args.StandardSave(state), about=ocp.args.JsonSave(about))
     self._check_space(2 * sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + (1 << 20))
