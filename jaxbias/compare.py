@@ -208,12 +208,14 @@ def prepare(config, workdir: Path, command: str) -> Comparison:
   split = getattr(data, config.eval.split)
   variants = tuple(map(variant, specs))
   encoded = tradeoff.encode_split(model, split)
+  trainer = Trainer.of(model, config)
   for found in variants:
+    trainer.check_rules(found.objective)
     trainable.check(found.objective, model.params, tuple(config.train.base))
     if config.train.accumulate > 1 and (why := found.objective.coupled()):
       raise UserError(f"train.accumulate = {config.train.accumulate} would change what is trained: {why}; set it to 1.")
   probe = _probe(config, model, data) if configs.watched(config) else None
-  return Comparison(config, workdir, data, split, Trainer.of(model, config), variants, encoded, probe)
+  return Comparison(config, workdir, data, split, trainer, variants, encoded, probe)
 
 
 def run(job: Comparison, command: str, profile: tuple[int, int] | None = None) -> dict:

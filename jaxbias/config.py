@@ -68,6 +68,7 @@ def defaults() -> ConfigDict:
     "warmup_steps": 4,
     "schedule": "linear",  # after the warm-up: constant, linear or cosine down to 0
     "weight_decay": 0.0,
+    "rules": (),  # by path: (("layers/*/b", {"learning_rate": 4.0}), ("*", {"weight_decay": 0.1})), the first that fits
     "clip_norm": 1.0,
     "accumulate": 1,  # parts of a step's texts that are computed one after the other: the same step in less memory
     "checkpoint_every": 10,
@@ -227,6 +228,10 @@ def validate(config: ConfigDict) -> None:
                     "reported, so name another split.")
   _validate_watch(config)
   _one_of("train.schedule", t.schedule, ("constant", "linear", "cosine"))
+  for rule in t.rules:
+    if len(rule) != 2 or not isinstance(rule[1], Mapping) or rule[1].keys() - {"learning_rate", "weight_decay"}:
+      raise UserError(f"train.rules has {rule!r}; each is (pattern, {{'learning_rate': factor, 'weight_decay': x}}), "
+                      "of which either may be left out.")  # fmt: skip
   _one_of("train.reference", t.reference, ("cache", "step"))
   _one_of("eval.split", config.eval.split, ("train", "validation", "test"))
   _one_of("eval.scoring", config.eval.scoring, ("sum", "token_mean"))

@@ -31,7 +31,7 @@ from jaxbias.train.flops import needed_flops, peak_flops
 from jaxbias.train.goodput import Stopwatch
 from jaxbias.train.guide import Control, Guide
 from jaxbias.train.metrics import MetricsWriter
-from jaxbias.train.optim import make_optimizer
+from jaxbias.train.optim import make_optimizer, rule_of
 from jaxbias.train.prefetch import Prefetch
 from jaxbias.train.profile import Profile
 from jaxbias.train.step import make_train_step
@@ -127,6 +127,15 @@ class Trainer:
   def abstract(self, objective: Objective) -> dict:
     """The trainable leaves as shapes."""
     return jax.eval_shape(functools.partial(self._trainable, 0, objective=objective), self.model.params)
+
+  def check_rules(self, objective: Objective) -> None:
+    """Raises UserError for a trained leaf that no rule of the optimizer covers, and for a rule that covers none."""
+    if self.train.rules:
+      leaves = jax.tree_util.tree_leaves_with_path(self.abstract(objective))
+      used = [rule_of(path, tuple(self.train.rules)) for path, _ in leaves]
+      for pattern, rule in self.train.rules:
+        if not any(rule is one for one in used):
+          raise UserError(f"train.rules has `{pattern}`, which is no parameter's first match.")
 
   def state_shardings(self, objective: Objective) -> TrainState:
     """A NamedSharding for every leaf of a state: moments lie as their parameters do, counters are everywhere."""

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import fnmatch
+from collections.abc import Mapping, Sequence
+
+import jax
 import optax
 
+from jaxbias.errors import UserError
 from jaxbias.train.transforms import recalling
 
 
@@ -25,6 +30,29 @@ def schedule(name: str, steps: float, warmup_steps: float) -> optax.Schedule:
   return optax.join_schedules([warmup, after], [warmup_steps])
 
 
+def rule_of(path: tuple, rules: Sequence[tuple[str, Mapping]]) -> Mapping:
+  """The first rule whose pattern, such as `layers/*/b`, matches a trained leaf. UserError where none does."""
+  name = jax.tree_util.keystr(path, simple=True, separator="/")
+  for pattern, rule in rules:
+    if fnmatch.fnmatchcase(name, pattern):
+      return rule
+  raise UserError(f"no rule of train.rules covers the parameter {name}; end them with ('*', {{}}) for what is left.")
+
+
+def by_path(rules: Sequence[tuple[str, Mapping]], weight_decay: float) -> optax.GradientTransformation:
+  """Adds weight decay, and multiplies the rate, leaf by leaf as the rules say; without rules all leaves alike."""
+  rules = rules or (("*", {}),)
+
+  def update(updates, state, params=None):
+    def one(path: tuple, u: jax.Array, p: jax.Array) -> jax.Array:
+      rule = rule_of(path, rules)
+      return rule.get("learning_rate", 1.0) * (u + rule.get("weight_decay", weight_decay) * p)
+
+    return jax.tree_util.tree_map_with_path(one, updates, params), state
+
+  return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
 def make_optimizer(train, steps: float = 0, warmup_steps: float = 0) -> optax.GradientTransformation:
   """`train` is the config's section; `steps` and `warmup_steps` are of a phase that brings its own schedule, which is
   `from_zero`. The peak learning rate is applied in the step, as a traced coefficient."""
@@ -32,6 +60,6 @@ def make_optimizer(train, steps: float = 0, warmup_steps: float = 0) -> optax.Gr
   return optax.chain(
     optax.clip_by_global_norm(train.clip_norm),
     recalling(optax.scale_by_adam()),
-    optax.add_decayed_weights(train.weight_decay),
+    by_path(tuple(train.rules), train.weight_decay),
     optax.scale_by_schedule(schedule(*chosen)),
   )

@@ -162,7 +162,8 @@ def test_the_first_phases_learning_rate(key, processes):
 
 
 def test_a_phase_that_brings_its_schedule_does_not_move_at_its_first_step():
-  train = SimpleNamespace(schedule="cosine", steps=7, warmup_steps=0, clip_norm=1.0, weight_decay=0.0)
+  train = SimpleNamespace(schedule="cosine", steps=7, warmup_steps=0, clip_norm=1.0, weight_decay=0.0,
+                          rules=())  # fmt: skip
   slopes, sizes = {"w": jnp.ones(2)}, []
   for settings in ((), (1200.0, 2.5)):
     tx = make_optimizer(train, *settings)
