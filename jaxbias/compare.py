@@ -18,6 +18,7 @@ from pathlib import Path
 
 from jaxbias import config as configs
 from jaxbias import distributed, methods, preemption, provenance
+from jaxbias import workdir as claims
 from jaxbias.data import card, sources
 from jaxbias.data.corpora import read_texts, with_pool
 from jaxbias.data.fields import noted
@@ -185,12 +186,12 @@ def prepare(config, workdir: Path, command: str) -> Comparison:
   data = load_data(config.data, config.watch.general)
   if distributed.from_first(lambda: data.fingerprint) != data.fingerprint:
     raise UserError("this process reads other data than the first one; give every machine the same files.")
-  distributed.from_first(lambda: claim(workdir, plain, command))
+  distributed.from_first(lambda: claims.claim(workdir, plain, command))
   dtype = None if config.dtype == "auto" else config.dtype
   model = language_model.load(config.model, dtype, make_mesh(config.mesh), config.train.remat, config.mesh.rules)
   inputs = {"model": model.fingerprint, "tokenizer": model.tokenizer.fingerprint, "data": data.fingerprint}
   distributed.from_first(lambda: provenance.bind(
-    workdir, inputs | provenance.files_named(plain), model.mesh.shape, command, computed=_computed(workdir)
+    workdir, inputs | provenance.files_named(plain), model.mesh.shape, command, computed=claims.computed(workdir)
   ))  # fmt: skip
 
   def variant(name: str) -> Variant:
@@ -370,43 +371,3 @@ def _counts(data: DataSet) -> dict:
     return {"triples": len(split.triples), "terms": terms, "texts": len(split.texts)}
 
   return {name: count(getattr(data, name)) for name in ("train", "validation", "test")}
-
-
-def claim(workdir: Path, plain: Mapping, command: str) -> None:
-  """Make `workdir` this config's, or find that it is. Raises UserError naming the keys that differ.
-
-  A folder that an earlier command claimed without computing anything (a typo in the model's name) is claimed anew.
-  """
-  path = workdir / "config.json"
-  if workdir.parts and workdir.parts[0] in ("gs:", "s3:"):
-    raise UserError(f"{workdir} is no folder on a disk; give one as --workdir, and let --config.train.checkpoints name "
-                    "the bucket: it can hold the checkpoints.")  # fmt: skip
-  if workdir.exists() and not workdir.is_dir():
-    raise UserError(f"{workdir} is a file; choose another --workdir.")
-  keys = configs.differing_keys(plain, _read_config(path)) if path.exists() else []
-  if path.exists() and not keys and (workdir / provenance.FILE).exists():
-    return
-  if keys and _computed(workdir):
-    more = f"; and {len(keys) - 4} more" if len(keys) > 4 else ""
-    raise UserError(f"{workdir} belongs to another config ({'; '.join(keys[:4])}{more}); choose another --workdir.")
-  if not path.exists() and _computed(workdir):
-    raise UserError(f"{workdir} is not empty and holds no config.json of a run; choose another --workdir.")
-  workdir.mkdir(parents=True, exist_ok=True)
-  provenance.claim(workdir, plain, command)
-  write_json(path, plain)
-
-
-def _computed(workdir: Path) -> bool:
-  """Whether anything is there beside what a claim writes."""
-  ours = ("config.json", provenance.FILE, provenance.DIFF.format("*"), ".*.tmp")
-  return workdir.exists() and any(not any(p.match(name) for name in ours) for p in workdir.iterdir())
-
-
-def _read_config(path: Path) -> dict:
-  try:
-    config = json.loads(path.read_text(encoding="utf-8"))
-  except ValueError:
-    config = None
-  if not isinstance(config, dict):
-    raise UserError(f"{path} is not the config of a run; choose another --workdir.")
-  return config

@@ -21,7 +21,7 @@ from rich.table import Table
 
 from jaxbias import config as configs
 from jaxbias import preemption, provenance
-from jaxbias.compare import TRAINED_TOKEN, claim
+from jaxbias.compare import TRAINED_TOKEN
 from jaxbias.data import glue
 from jaxbias.data.glue import Example
 from jaxbias.data.pipeline import Segment, Shape, draw, pack, place_in, plan, union
@@ -39,6 +39,7 @@ from jaxbias.train.batches import PLANNED_STEPS
 from jaxbias.train.loop import Run, Trainer, TrainingFailed, train
 from jaxbias.train.metrics import read_jsonl
 from jaxbias.types import ROLES, Batch
+from jaxbias.workdir import claim
 
 SCHEMA = 1
 RESULT, ANSWERS = "finetune.json", "predictions.json"

@@ -15,7 +15,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = (
-  {"types", "config", "errors", "files", "distributed", "hlo", "preemption", "progress", "provenance"},
+  {"types", "config", "errors", "files", "distributed", "hlo", "preemption", "progress", "provenance",
+   "workdir"},
   {"data"},
   {"mesh"},
   {"models"},

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from jaxbias import compare as comparison
 from jaxbias import config as configs
+from jaxbias import workdir
 from jaxbias.errors import UserError
 from tests.faults.kills import UNFINISHED, Left, Moment, differences, half_written, stop
 from tests.train import RUNS, Workplace, read, untimed
@@ -62,32 +62,32 @@ def plain(tiny) -> dict:
 def test_a_kill_while_the_folder_was_claimed(plain, tmp_path, left):
   for name in left:
     (tmp_path / name).write_text("{}")
-  comparison.claim(tmp_path, plain, "again")
+  workdir.claim(tmp_path, plain, "again")
   assert read(tmp_path / "config.json") == plain
   assert read(tmp_path / "provenance.json")["config_hash"] == configs.config_hash(plain)
 
 
 def test_a_folder_in_which_nothing_was_computed_can_be_claimed_anew(plain, tmp_path):
-  comparison.claim(tmp_path, plain | {"model": "smollm2-135m-instuct"}, "first")
-  comparison.claim(tmp_path, plain, "second")
+  workdir.claim(tmp_path, plain | {"model": "smollm2-135m-instuct"}, "first")
+  workdir.claim(tmp_path, plain, "second")
   assert read(tmp_path / "config.json") == plain and read(tmp_path / "provenance.json")["command"] == "second"
   (tmp_path / "base").mkdir()
   with pytest.raises(UserError, match="belongs to another config .train.steps: 6 there, 7 here.; choose another"):
-    comparison.claim(tmp_path, plain | {"train": plain["train"] | {"steps": 7}}, "third")
+    workdir.claim(tmp_path, plain | {"train": plain["train"] | {"steps": 7}}, "third")
   assert read(tmp_path / "config.json") == plain
 
 
 def test_a_bucket_is_no_work_folder(plain, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   with pytest.raises(UserError, match="gs:/bucket/mine is no folder on a disk; give one .*train.checkpoints name the"):
-    comparison.claim(Path("gs://bucket/mine"), plain, "first")
+    workdir.claim(Path("gs://bucket/mine"), plain, "first")
   assert not list(tmp_path.iterdir())
 
 
 def test_a_run_goes_on_with_another_mesh_and_as_many_checkpoints_as_one_likes(plain, tmp_path):
-  comparison.claim(tmp_path, plain, "first")
+  workdir.claim(tmp_path, plain, "first")
   (tmp_path / "base").mkdir()
   train = plain["train"] | {"keep_checkpoints": 5}
-  comparison.claim(tmp_path, plain | {"mesh": plain["mesh"] | {"fsdp": 4}, "train": train}, "second")
+  workdir.claim(tmp_path, plain | {"mesh": plain["mesh"] | {"fsdp": 4}, "train": train}, "second")
   with pytest.raises(UserError, match="another config .train.checkpoint_every: 3 there, 4 here.;"):
-    comparison.claim(tmp_path, plain | {"train": train | {"checkpoint_every": 4}}, "third")
+    workdir.claim(tmp_path, plain | {"train": train | {"checkpoint_every": 4}}, "third")
