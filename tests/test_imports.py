@@ -6,9 +6,9 @@ types, config, errors, files <- mesh <- models <- losses, interp <- methods, tra
 from __future__ import annotations
 
 import ast
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -128,11 +128,10 @@ def test_importing_it_does_not_import_jax(module):
   assert done.stdout.strip() == "[]"
 
 
-def test_help_answers_within_a_second():
-  times = []
-  for _ in range(3):  # the best of three, as the machine may be busy with something else
-    start = time.perf_counter()
-    done = subprocess.run([sys.executable, "-m", "jaxbias", "--help"], cwd=ROOT, capture_output=True, text=True)
-    times.append(time.perf_counter() - start)
-    assert done.returncode == 0 and "compare" in done.stdout
-  assert min(times) < 1.0
+def test_help_takes_less_than_a_second_of_computing():
+  """Of this process's children alone, so that it does not matter what else the machine does."""
+  spent = lambda: sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
+  before = spent()
+  done = subprocess.run([sys.executable, "-m", "jaxbias", "--help"], cwd=ROOT, capture_output=True, text=True)
+  assert done.returncode == 0 and "compare" in done.stdout
+  assert spent() - before < 1.0
