@@ -1,4 +1,4 @@
-"""A published method is a data recipe, its losses and (later) its controller, one file each. No jax here."""
+"""A published method is a data recipe, its losses and, where it has one, its controller, one file each. No jax here."""
 
 from jaxbias.methods import baselines, biasunlearn, cda, contrastive, mabel  # noqa: F401
 from jaxbias.methods.registry import METHODS, get, recipe, variant
