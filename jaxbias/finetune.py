@@ -96,6 +96,7 @@ class Drawn:
   per_step: int
   seed: int
   shards: int
+  ahead = 1  # step before its own in which a batch is begun
 
   def members(self, step: int) -> list[int]:
     return [int(i) for i in draw(len(self.examples), self.per_step, step, (self.seed,))]

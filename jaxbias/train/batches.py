@@ -36,6 +36,7 @@ from jaxbias.types import ROLES, Batch
 GROUP_ROLES = ("retain", "forget")  # of positives and of negatives
 GROUP_STREAM = len(ROLES)  # the draw of groups, beside those of the roles
 PLANNED_STEPS = 512  # the common shape is planned on the first steps; a later step that needs more gets its own
+LARGE_AHEAD = 4  # batches, each tokenised by a thread of its own, where texts are read when a step asks for them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,6 +192,11 @@ class Sampler:
   seed: int
   shards: int
   accumulate: int = 1  # parts of a step's texts, each packed alone; a batch of several has them as a leading axis
+
+  @property
+  def ahead(self) -> int:
+    """How many steps before its own a batch is begun."""
+    return LARGE_AHEAD if self.texts.large else 1
 
   def in_phase(self, phase: Phase) -> Sampler:
     """Where the only type is swapped, forget and retain exchange their counts, too, as in BiasUnlearn's scripts."""

@@ -39,7 +39,6 @@ from jaxbias.train.watch import Watch, Watcher
 from jaxbias.types import TrainState
 
 NOTHING = Objective(())
-LARGE_AHEAD = 4  # batches, each tokenised by a thread of its own, where texts are read when a step asks for them
 
 
 class TrainingFailed(UserError):
@@ -193,8 +192,7 @@ def train(trainer: Trainer, run: Run, on_step: Callable[[dict], None] = lambda r
     coefficients |= jax.jit(_keys, out_shardings=whole)(run.sampler.seed)
     step_function = trainer.step_for(run.objective)
   sharding = batch_sharding(mesh, trainer.train.accumulate)
-  ahead = Prefetch(functools.partial(_batch, run.shape, sharding), trainer.train.steps,
-                   LARGE_AHEAD if run.sampler.texts.large else 1)  # fmt: skip
+  ahead = Prefetch(functools.partial(_batch, run.shape, sharding), trainer.train.steps, run.sampler.ahead)
   profile, compiled = Profile(run.folder / "profile", run.profile if first() else None), set()
   peak, trained = peak_flops(mesh.devices.flat, trainer.log.peak_tflops), trainer.abstract(run.objective)
 
