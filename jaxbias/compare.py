@@ -9,7 +9,6 @@ Everything finished is on disk under the work folder, so the same command goes o
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import json
 import time
@@ -19,12 +18,8 @@ from pathlib import Path
 from jaxbias import config as configs
 from jaxbias import distributed, methods, preemption, provenance
 from jaxbias import workdir as claims
-from jaxbias.data import card, sources
-from jaxbias.data.corpora import read_texts, with_pool
-from jaxbias.data.fields import noted
-from jaxbias.data.groups import read_groups
+from jaxbias.data import card
 from jaxbias.data.pipeline import Segment, Shape, packed_batches
-from jaxbias.data.roles import with_roles
 from jaxbias.data.rows import DataSet, Split
 from jaxbias.data.sources import triple_choices
 from jaxbias.errors import UserError
@@ -32,6 +27,7 @@ from jaxbias.evals import probe as probes
 from jaxbias.evals import stereoset, tradeoff
 from jaxbias.evals.scoring import Encoded, encode, score
 from jaxbias.files import replace, write_json
+from jaxbias.inputs import counts, load_data
 from jaxbias.losses.registry import Objective, parse
 from jaxbias.mesh import batch_shards, make_mesh
 from jaxbias.methods.controllers import Published, Signed
@@ -155,23 +151,6 @@ def compare(config, workdir: Path, command: str, profile: tuple[int, int] | None
   if profile and profile[1] > config.train.steps:
     raise UserError(f"--profile ends at step {profile[1]}, the runs at train.steps = {config.train.steps}.")
   return run(comparison, command, profile)
-
-
-def load_data(chosen, watched: str = "") -> DataSet:
-  """What a config's `data` section names. watched: the file of `watch.general`, whose texts no corpus is made of."""
-  with noted() as reading:
-    data = sources.load(chosen.source, chosen.split_file or None, tuple(chosen.tasks))
-    if chosen.domains:
-      data = sources.of_domains(data, tuple(chosen.domains))
-    if chosen.groups:
-      data = dataclasses.replace(data, train=dataclasses.replace(data.train, groups=read_groups(chosen.groups)))
-    if any(chosen.roles.values()):
-      data = with_roles(data, chosen.roles.to_dict())
-    if chosen.corpus:
-      general = probes.read_general(watched).texts if watched else ()
-      data = with_pool(data, read_texts(chosen.corpus), general)
-  own = [use.files for role in data.train.roles.values() for use in role.sources]
-  return dataclasses.replace(data, files=dict(collections.ChainMap(reading.files, *own)))
 
 
 def prepare(config, workdir: Path, command: str) -> Comparison:
@@ -332,7 +311,7 @@ def summarise(job: Comparison, failures: Mapping[str, str], command: str) -> dic
     "title": job.config.title,
     "model": {"source": job.config.model, "fingerprint": model.fingerprint, "parameters": model.num_parameters,
               "trainable": job.trainer.num_trainable},
-    "data": {"name": job.data.name, "fingerprint": job.data.fingerprint, "counts": _counts(job.data),
+    "data": {"name": job.data.name, "fingerprint": job.data.fingerprint, "counts": counts(job.data),
              "card": json.loads((job.workdir / "data_card.json").read_text(encoding="utf-8"))},
     **json.loads(provenance_file.read_text(encoding="utf-8")),
     "command": command,
@@ -363,11 +342,3 @@ def _probe(config, model: LanguageModel, data: DataSet) -> probes.Probe:
   general = probes.read_general(chosen.general, chosen.group) if chosen.general else probes.general(split.texts)
   masks = probes.Masks(chosen.mask_draws, chosen.mask_share, chosen.mask_seed)
   return probes.make(model, split.triples, general, masks)
-
-
-def _counts(data: DataSet) -> dict:
-  def count(split: Split) -> dict:
-    terms = len({triple.term for triple in split.triples})
-    return {"triples": len(split.triples), "terms": terms, "texts": len(split.texts)}
-
-  return {name: count(getattr(data, name)) for name in ("train", "validation", "test")}

@@ -128,7 +128,9 @@ def from_command_line(arguments: Sequence[str]) -> tuple[ConfigDict, list[str]]:
   if file is None:
     raise UserError("name a config, e.g. --config=configs/quickstart.py.")
   if not Path(file).is_file():
-    raise UserError(f"there is no config file {file}; see configs/ for those that exist.")
+    beside = [str(found) for found in Path(file).parent.glob("*.py")]
+    close = did_you_mean(file, beside) if beside else "see configs/ for those that exist."
+    raise UserError(f"there is no config file {file}; {close}")
   config = _read(file)
   for argument in (a for a in mine if a.startswith("--config.")):
     _override(config, argument, file)

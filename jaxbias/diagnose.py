@@ -32,6 +32,7 @@ from jaxbias.errors import UserError, did_you_mean
 from jaxbias.evals import diagnosis, registry
 from jaxbias.evals.scoring import score
 from jaxbias.files import new_folder, replace, write_json
+from jaxbias.inputs import load_data
 from jaxbias.methods.grid import REMEDIES, variants
 from jaxbias.models import language_model
 from jaxbias.report.diagnosis import write as write_report
@@ -182,7 +183,7 @@ def benchmark(model, benchmark: str, data: str, metric: str, group: str = "overa
 
 def cards(config: ConfigDict) -> Iterator[dict]:
   """What every corpus of the grid is made of."""
-  train = comparison.load_data(config.data, config.watch.general).train
+  train = load_data(config.data, config.watch.general).train
   pool = Pool(train.pool, train.overlapping)
   for objective in config.diagnose.objectives:
     for n in config.diagnose.sizes:

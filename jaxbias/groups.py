@@ -13,12 +13,12 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxbias.compare import load_data
 from jaxbias.data.generators import Card, Draft, Generator, Together, low_confidence, mask_and_refill, regenerate
 from jaxbias.data.groups import write_groups
 from jaxbias.data.rows import Group, Split
 from jaxbias.evals.refill import filler, rewriter, unsure
 from jaxbias.files import replace
+from jaxbias.inputs import load_data
 from jaxbias.methods.contrastive import groups_of_triples
 from jaxbias.models import language_model
 from jaxbias.models.language_model import LanguageModel

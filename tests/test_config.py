@@ -100,6 +100,8 @@ def test_no_file_at_all(tmp_path):
   assert refusal(from_command_line, ["--config=none.py"]) == (
     "there is no config file none.py; see configs/ for those that exist.")  # fmt: skip
   assert "there is no config file" in refusal(from_command_line, [f"--config={tmp_path}"])
+  (tmp_path / "mine.py").write_text("")
+  assert refusal(from_command_line, [f"--config={tmp_path}/mien.py"]).endswith(f"did you mean `{tmp_path}/mine.py`?")
 
 
 # Overrides

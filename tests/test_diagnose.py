@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from jaxbias import compare as comparison
 from jaxbias import config as configs
 from jaxbias import diagnose as run
 from jaxbias.data import planted
 from jaxbias.data.rows import Split, Text
 from jaxbias.errors import UserError
+from jaxbias.inputs import load_data
 from jaxbias.methods import cda, grid
 from jaxbias.report import diagnosis as report
 
@@ -143,12 +143,12 @@ def test_the_planted_pool_holds_what_its_config_asks_for(tmp_path):
   planted.write(tmp_path)
   c, _ = configs.from_command_line([f"--config={CONFIG}"])
   c.data.source, c.data.corpus = str(tmp_path), str(tmp_path / "pool.jsonl")
-  train = comparison.load_data(c.data).train
+  train = load_data(c.data).train
   for corpus in c.diagnose.objectives:
     assert cda.recipe(train, 0, corpus, max(c.diagnose.sizes)).retain
   watched = tmp_path / "watched.jsonl"  # of the pool's own texts: nothing that is watched is trained on
   watched.write_text("".join((tmp_path / "pool.jsonl").read_text().splitlines(keepends=True)[:5]))
-  assert comparison.load_data(c.data, str(watched)).train.overlapping > train.overlapping
+  assert load_data(c.data, str(watched)).train.overlapping > train.overlapping
 
 
 # The report, on tables whose answer is known.

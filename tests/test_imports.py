@@ -22,7 +22,8 @@ LAYERS = (
   {"models"},
   {"losses", "interp"},
   {"methods", "train", "evals"},
-  {"report", "arguments", "cli", "compare", "convert", "diagnose", "finetune", "groups", "handle", "plan", "__main__"},
+  {"report", "arguments", "cli", "compare", "convert", "diagnose", "finetune", "groups", "handle", "inputs", "plan",
+   "__main__"},
 )
 RANK = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms}
 NEVER = {  # room -> rooms that it must not know, whatever their layer
