@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from jaxbias.data import sources
-from jaxbias.data.rows import LABELS, Choice, Triple
-from jaxbias.errors import UserError
+from jaxbias.data.rows import LABELS, Triple
+from tests.data import message
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared"
 DEV = SHARED / "data/stereoset/dev.json"
@@ -33,13 +33,6 @@ def stereoset_file(path: Path, records: list) -> Path:
 
 def six_terms() -> list[dict]:
   return [record(f"r{i}", term=f"term {i}") for i in range(6)]
-
-
-def message(call, *arguments) -> str:
-  with pytest.raises(UserError) as caught:
-    call(*arguments)
-  assert "\n" not in str(caught.value)
-  return str(caught.value)
 
 
 def built_in_folder(folder: Path, triple: dict | None = None, splits: dict | None = None) -> Path:
@@ -292,41 +285,6 @@ def test_all_continuations_of_train_terms_are_read(toy_built_in):
   every = sources.stereoset_continuations(DEV)
   assert [t.id for t in continuations] == [t.id for t in every if t.term in terms]
   assert all(t.sentences[0][: t.prefix + 1] == f"{t.context} " for t in continuations)
-
-
-# Rows to be scored.
-
-
-def test_choices_are_read(tmp_path):
-  path = tmp_path / "rows.jsonl"
-  path.write_text('\ufeff{"id": "a", "context": "", "options": ["x", "y"]}\n\n'
-                  '{"id": "b", "context": "Q:", "options": [" line\u2028break"], "note": 3}\r\n')
-  assert sources.read_choices(path) == [Choice("a", "", ("x", "y")), Choice("b", "Q:", (" line\u2028break",))]
-
-
-@pytest.mark.parametrize(("line", "said"), [
-  (b'{"id": "b"', "not JSON (Expecting ',' delimiter)."),
-  (b'["b"]', "a JSON object with `options` is needed."),
-  (b'{"id": "b", "options": ["x"]}', "`context` is missing."),
-  (b'{"id": "b", "context": 1, "options": ["x"]}', "`context` has to be a string."),
-  (b'{"id": "b", "context": "", "options": []}', "`options` has to be a list of strings, none of them empty."),
-  (b'{"id": "b", "context": "", "options": ["x", ""]}', "`options` has to be a list of strings, none of them empty."),
-  (b'{"id": "b", "context": "", "options": "x"}', "`options` has to be a list."),
-  (b'{"id": "", "context": "", "options": ["x"]}', "`id` is empty."),
-  (b'{"id": "caf\xe9", "context": "", "options": ["x"]}', "not UTF-8."),
-])
-def test_a_faulty_line_is_named(tmp_path, line, said):
-  path = tmp_path / "rows.jsonl"
-  path.write_bytes(b'{"id": "a", "context": "", "options": ["x"]}\n\n' + line + b"\n")
-  assert message(sources.read_choices, path) == f"{path} line 3: {said}"
-
-
-def test_ids_are_unique_and_there_is_at_least_one_row(tmp_path):
-  path = tmp_path / "rows.jsonl"
-  path.write_text('{"id": "a", "context": "", "options": ["x"]}\n' * 2)
-  assert message(sources.read_choices, path) == f"{path} line 2: id `a` was already used, see {path} line 1."
-  path.write_text("\n")
-  assert message(sources.read_choices, path) == f"{path} holds no rows."
 
 
 # The built-in layout.

@@ -19,14 +19,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from numpy.testing import assert_allclose, assert_array_equal
+from numpy.testing import assert_array_equal
 
 from jaxbias.data.rows import Prompt
 from jaxbias.data.tokens import load_tokenizer
 from jaxbias.errors import UserError
 from jaxbias.evals import generate as module
 from jaxbias.evals.generate import answers, generate
-from jaxbias.evals.sampling import Rules, Sampling, choose, likely
+from jaxbias.evals.sampling import Sampling, choose
 from jaxbias.losses.logprobs import logits
 from jaxbias.mesh import make_mesh
 from jaxbias.models import language_model
@@ -36,6 +36,7 @@ from jaxbias.models.language_model import LanguageModel, layout_for
 from jaxbias.models.lora import LoraConfig, init_lora, lora_scale
 from jaxbias.models.transformer import Transformer, abstract_variables, head
 from tests.conftest import llama_tensors
+from tests.evals.drawing import rules
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = ROOT / "tests" / "oracles" / "models"
@@ -87,13 +88,6 @@ def every_logit(transformer, variables, tokens, segment):
   position = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
   hidden, _ = transformer.apply(variables, tokens, segment, position)
   return logits(hidden, head(variables["params"], transformer.config))
-
-
-def rules(samplings, numbers) -> Rules:
-  of = lambda name, dtype: jnp.asarray([getattr(s, name) for s in samplings], dtype)
-  return Rules(of("temperature", np.float32), of("top_k", np.int32), of("top_p", np.float32),
-               of("repetition_penalty", np.float32), of("max_tokens", np.int32), of("seed", np.uint32),
-               jnp.asarray(numbers, np.uint32))  # fmt: skip
 
 
 choices = jax.jit(jax.vmap(lambda logits_V, seen_V, rule, step: choose(
@@ -197,56 +191,6 @@ def test_an_end_of_text_ends_a_row_and_is_not_part_of_it(llama):
     end = before.tokens.index(eos) if eos in before.tokens else NEW
     assert now.tokens == before.tokens[:end] or 198 in before.tokens
     assert now.reason == ("eos" if len(now.tokens) < NEW else "length")
-
-
-# The choice of a token
-
-
-def kept_by_numpy(score, k, p) -> np.ndarray:
-  """Hugging Face's two filters on one row, with a sort."""
-  order = np.argsort(-score, kind="stable")
-  order = order[: k or None]
-  mass = np.exp(score[order] - score.max())
-  above = np.concatenate([[0], np.cumsum(mass / mass.sum())[:-1]])
-  kept = np.zeros(len(score), bool)
-  kept[order[(above < p) | (np.arange(len(order)) == 0) | (p == 1)]] = True
-  return kept
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_top_k_and_top_p_against_a_sort(seed):
-  rng = np.random.default_rng(seed)
-  k = np.array([0, 1, 5, 0, 7, 400, 0, 100], np.int32)
-  p = np.array([1, 1, 1, 0.9, 0.6, 0.95, 1e-6, 0.3], np.float32)
-  score = (4 * rng.standard_normal((8, 300))).astype(np.float32)
-  expected = [kept_by_numpy(row.astype(np.float64), *kp) for row, *kp in zip(score, k, p.astype(float), strict=True)]
-  assert_array_equal(likely(score, k, p), expected)
-
-
-def test_ties_at_the_edge_are_kept_together():
-  score = np.array([[2.0, 1.0, 1.0, 0.0], [0.0, -1.0, -1.0, -2.0]], np.float32)
-  assert_array_equal(likely(score, np.array([2, 2]), np.ones(2, np.float32)), [[1, 1, 1, 0]] * 2)
-
-
-def test_the_penalty_divides_what_is_positive_and_multiplies_what_is_not():
-  score = jnp.array([[3.0, 2.5, -1.0], [-1.0, -1.5, -1.2]])
-  seen = jnp.array([[True, False, False], [True, False, False]])
-  pick = lambda penalty: choose(score, seen, rules([Sampling(repetition_penalty=penalty)] * 2, [0, 1]), 0).tolist()
-  assert pick(1.0) == [0, 0]
-  assert pick(1.3) == [1, 2]  # 3 / 1.3 < 2.5 and -1 * 1.3 < -1.2
-
-
-def test_draws_have_the_model_s_probabilities():
-  B, score = 20_000, np.array([2.0, 1.0, 0.5, 0.0, -1.0], np.float32)
-  how = Sampling(temperature=0.8, top_k=4, top_p=0.9, repetition_penalty=1.5)
-  seen = np.array([True, False, False, False, False])
-  warm = np.where(seen, score / 1.5, score).astype(np.float64) / 0.8
-  expected = np.where(kept_by_numpy(warm, 4, 0.9), np.exp(warm), 0)
-  expected /= expected.sum()
-  drawn = choose(jnp.tile(score, (B, 1)), jnp.tile(seen, (B, 1)), rules([how] * B, range(B)), 3)
-  share = np.bincount(drawn, minlength=5) / B
-  assert_allclose(share, expected, atol=4 * 0.5 / np.sqrt(B))  # four standard errors
-  assert share[expected == 0].sum() == 0
 
 
 # Text

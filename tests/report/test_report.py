@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import copy
 import io
 import json
 import os
@@ -17,68 +16,9 @@ from jaxbias.errors import UserError
 from jaxbias.report import figures, write
 from jaxbias.report.headline import headline
 from jaxbias.report.html import duration, html
-from jaxbias.report.labels import shorten
 from jaxbias.report.results import Estimate, load
 from jaxbias.report.tables import best, markdown, tables, terminal
-
-METRICS = {
-  "ss": {"label": "SS", "unit": "%", "ideal": 50.0, "better": "ideal", "help": "stereotype score"},
-  "lms": {"label": "LMS", "unit": "%", "ideal": 100.0, "better": "higher", "help": "language-modelling score"},
-  "f_all": {"label": "F_all", "unit": "nats/token", "ideal": 0.0, "better": "lower", "help": "overall forgetting"},
-  "f_st": {"label": "F_st", "unit": "nats/token", "ideal": None, "better": "higher"},
-  "pref_shift": {"label": "shift", "unit": "nats/token", "better": "none"},
-}
-HOSTILE = '<script>alert("x")</script> | **b** [l](x) $a_'
-
-
-def estimate(value, width, seeds=2):
-  return {"value": value, "low": value - width, "high": value + width, "per_seed": [value - 0.3, value + 0.3][:seeds]}
-
-
-def row(name, label, ss, lms, f_all, f_st, shift, width=1.25):
-  domains = {domain: {"ss": estimate(ss + i, 9.0)} for i, domain in enumerate(("gender", "race"))}
-  values = {"f_all": f_all, "f_st": f_st, "pref_shift": shift}
-  estimates = {"ss": estimate(ss, width), "lms": estimate(lms, 2.0)}
-  estimates |= {metric: estimate(value, 0.0 if name == "base" else 0.01) for metric, value in values.items()}
-  train = {"seconds": [41.0, 40.2], "tokens": [12345, 12346]}
-  losses = {"npo": {"weight": 0.5, "beta": 0.1, "on": "forget"}}
-  about = {"train": None} if name == "base" else {"train": train, "losses": losses}
-  return {"name": name, "label": label, "estimates": estimates, "domains": domains, **about}
-
-
-def curve(offset=0.0):
-  return [
-    {"step": step, "loss": 3.0, "parts": {"npo": 13.9 - step + offset, "kl": 0.1 * step}, "seconds": 1.0}
-    for step in range(1, 5)
-  ]
-
-
-@pytest.fixture
-def results():
-  return {
-    "schema": 1,
-    "title": "Three objectives",
-    "model": {"source": "tiny", "fingerprint": "f" * 64, "parameters": 134515008, "trainable": 2442240},
-    "data": {"name": "builtin", "fingerprint": "d" * 64, "counts": {"test": {"triples": 144, "terms": 24}}},
-    "config_hash": "a1b2c3d4e5f6",
-    "command": "python -m jaxbias compare --config=configs/quickstart.py",
-    "created": "2026-11-22T05:00:00Z",
-    "versions": {"jax": "0.10.2"},
-    "git": {"commit": "abc1234", "dirty": True},
-    "hardware": "2 CPU cores",
-    "seeds": [0, 1],
-    "steps": 40,
-    "wall_seconds": 433.1,
-    "interval": "95 % bootstrap over target terms, 2000 draws",
-    "metrics": copy.deepcopy(METRICS),
-    "rows": [
-      row("sft", "SFT", 54.04, 88.2, 0.0514, 0.05, -0.1),
-      row("base", "base model", 61.21, 87.5, 0.0, 0.0, 0.0),
-      row("ga", "gradient ascent", 49.96, 70.0, 2.5, 3.2, 0.4),
-      row("npo", "NPO", 50.04, 86.0, -0.0004, 0.6, 0.3),
-    ],
-    "curves": {"sft": {"0": curve(), "1": curve(0.5)}, "npo": {"0": curve()}},
-  }
+from tests.report import HOSTILE, METRICS, estimate, row
 
 
 def plain(results, width=200):
@@ -253,59 +193,6 @@ def test_headline_without_progress_or_scores(results):
   assert "overlaps the base model's" in headline(results)
   results["rows"] = results["rows"][:1]
   assert headline(results) == "No variant has a stereotype score."
-
-
-# --- figures -----------------------------------------------------------------------------------------------------
-
-
-def test_figures_are_xml_and_share_no_id(results):
-  results["curves"]["sft"]["0"][1]["validation"] = {"ss": 57.0}
-  ids = []
-  drawn = {name: svg for name, draw in figures.FIGURES.items() if (svg := draw(results))}
-  assert {"scatter", "domains", "curves", "validation"} <= drawn.keys()
-  for name, svg in drawn.items():
-    tree = ElementTree.fromstring(svg)
-    mine = [element.get("id") for element in tree.iter() if element.get("id")]
-    ids += mine
-    for element in tree.iter():
-      for value in element.attrib.values():
-        for target in re.findall(r"url\(#(.*?)\)|^#(.*)", value):
-          assert "".join(target) in mine, name
-  assert len(ids) == len(set(ids))
-
-
-def test_scatter_has_base_point_labels_and_ideal(results):
-  svg = figures.scatter(results)
-  words = [element.text for element in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")]
-  assert {"base model", "SFT", "NPO", "gradient ascent", "ideal 50"} <= set(words)
-  results["rows"] = results["rows"][1:2]
-  assert "base model" in figures.scatter(results)  # nothing trained yet
-
-
-def test_scatter_names_points_in_a_legend_when_there_are_many(results):
-  results["rows"] += [row(f"v{i}", f"variant {i}", 50 + i / 3, 80, i / 90, 0.1, 0.1) for i in range(20)]
-  words = [e.text for e in ElementTree.fromstring(figures.scatter(results)).iter("{http://www.w3.org/2000/svg}text")]
-  assert {f"variant {i}" for i in range(20)} <= set(words)
-  assert len({tuple(figures.look(i).values()) for i in range(42)}) == 42
-  html(results)
-
-
-def test_figures_without_their_data_are_left_out(results):
-  del results["metrics"]["f_all"], results["curves"]
-  for each in results["rows"]:
-    del each["domains"]
-  assert all(draw(results) is None for draw in figures.FIGURES.values())
-  assert "<svg" not in html(results)
-
-
-def test_figures_are_the_same_each_time_and_png_when_asked(results):
-  assert figures.domains(results) == figures.domains(results)
-  assert figures.domains(results, "png").startswith(b"\x89PNG")
-
-
-def test_long_names_keep_head_and_tail():
-  assert shorten("npo") == "npo"
-  assert shorten("NPO with a very long name, beta=0.1", 21) == "NPO with a ve…eta=0.1"
 
 
 # --- the page ----------------------------------------------------------------------------------------------------
